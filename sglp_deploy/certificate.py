@@ -1,0 +1,245 @@
+"""The parity certificate: what was measured, what passes, and the verdict that follows from the two.
+
+Measuring is :mod:`sglp_deploy.parity`; here is everything that can be read, judged and written without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sglp_deploy import _io
+from sglp_deploy.errors import ArtifactError, ParityError
+
+SCHEMA = "parity/1"  # history: 1 = first
+
+# A reference that disagrees with itself this much more than a bound is broken (its cache, for one) and must not talk
+# the bound up until anything passes.
+_MOST_LOOSENING = 100.0
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What passes.  Chosen by element type; see :func:`thresholds_for`.
+
+    Attributes:
+        margin: Reference's gap between its best two logits above which a position counts as stable.
+        top1_stable: Least share of stable positions whose best token agrees.
+        kl_p99: Greatest 99th percentile of KL(reference || artifact), nats.
+        kl_max: Greatest KL of any position, nats; one wrong position in 160 is invisible to a percentile.
+        max_abs: Greatest difference of any logit; one wrong word in 50,000 is invisible to KL and cosine.
+        noise_factor: The bounds on KL and logits are at least this many times the reference's own noise floor (and at
+            most 100 times themselves).
+        cosine_min: Least cosine between the two logit vectors of any position.
+    """
+
+    margin: float
+    top1_stable: float
+    kl_p99: float
+    kl_max: float
+    max_abs: float
+    noise_factor: float
+    cosine_min: float
+
+
+def thresholds_for(precision: str) -> Thresholds:
+    """Bounds for "float32", "float16" or "bfloat16" weights; anything else is judged as bfloat16.
+
+    The near-tie margins (0.01, 0.1, 0.5) are those of ONNX Runtime mobius' parity ladder.  The float32 bounds lie
+    between what was measured as noise (the most seen) and as damage (the least seen); KL p99 in nats, greatest logit
+    difference:
+
+    ======================================  ===================  ===================
+    float32, CPU                            SmolLM2-135M         tiny random models
+    ======================================  ===================  ===================
+    reference against itself                8e-11, 7e-5          2e-12, 6e-6
+    ONNX Runtime against PyTorch            2e-10, 1.9e-4        4e-12, 1e-5
+    **bound**                               **2e-9, 1e-3**       **2e-9, 1e-3**
+    one weight matrix rounded to float16    3e-9, 5e-4           5e-10, 1e-4
+    one *element* of one norm times 1.01    1e-8, 1.1e-3         3e-9, 3e-4
+    one weight matrix rounded to bfloat16   4e-7, 7e-3           2e-8, 7e-4
+    one norm times 1.01                     5e-5, 8e-2           6e-8, 1.2e-3
+    ======================================  ===================  ===================
+
+    Those of float16 and bfloat16 are not calibrated on real runs yet.
+    """
+    if precision in ("float32", "fp32"):
+        return Thresholds(0.01, 1.0, kl_p99=2e-9, kl_max=2e-8, max_abs=1e-3, noise_factor=10.0, cosine_min=0.99999)
+    if precision in ("float16", "fp16"):
+        return Thresholds(0.1, 0.995, kl_p99=1e-3, kl_max=1e-2, max_abs=0.5, noise_factor=3.0, cosine_min=0.999)
+    return Thresholds(0.5, 0.995, kl_p99=1e-2, kl_max=1e-1, max_abs=4.0, noise_factor=3.0, cosine_min=0.99)
+
+
+def limits(bounds: Thresholds, noise_floor: Mapping[str, float]) -> dict[str, float]:
+    """The bounds on ``kl_p99``, ``kl_max`` and ``max_abs`` that are in force over this noise floor."""
+    return {
+        name: min(max(bound, bounds.noise_factor * noise_floor[name]), _MOST_LOOSENING * bound)
+        for name, bound in asdict(bounds).items()
+        if name in noise_floor
+    }
+
+
+def judge_case(record: Mapping[str, Any], in_force: Mapping[str, float], bounds: Thresholds) -> list[str]:
+    """What is wrong with a measured case, in words; nothing when it passes.
+
+    Args:
+        record: One entry of :attr:`ParityReport.cases`.
+        in_force: From :func:`limits`.
+        bounds: What passes.
+    """
+    statistics, worst, greedy = record["statistics"], record["worst"], record["greedy"]
+    place = f"row {worst['row']}, {worst['phase']} position {worst['position']}"
+    if statistics is None:
+        return [f"NaN or Inf in the logits of the {worst['not_finite']} at {place}"]
+    faults = []
+    for name, words, unit in (("kl_p99", "KL p99", " nats"), ("kl_max", "KL", " nats"), ("max_abs", "a logit", "")):
+        if not statistics[name] <= in_force[name]:
+            verb = "differs by" if name == "max_abs" else "is"
+            faults.append(f"{words} {verb} {statistics[name]:.3g}, above {in_force[name]:.3g}{unit} (worst at {place})")
+    if not statistics["cosine_min"] >= bounds.cosine_min:
+        faults.append(f"cosine {statistics['cosine_min']:.6f} is below {bounds.cosine_min} (worst at {place})")
+    stable = statistics["top1_stable"]
+    if stable is not None and stable < bounds.top1_stable:
+        faults.append(f"{1 - stable:.1%} of {statistics['n_stable']} stable positions choose another token")
+    spread = record["last_position_max_abs"]
+    if spread is None:
+        faults.append("NaN or Inf in the artifact's logits while it decoded freely")
+    elif spread > in_force["max_abs"]:
+        # A graph that gives other logits when asked for the last position only would pass all of the above.
+        faults.append(f"asked for the last position only, the artifact differs from itself by {spread:.3g}")
+    # Free-running tokens must follow the reference up to its first near-tie; after one they may part.
+    faults += [
+        f"free-running greedy leaves the reference at token {place['token']} of row {place['row']}, where the "
+        f"reference is sure by {place['margin']:.3g}"
+        for place in greedy["departures"]
+        if place["margin"] > bounds.margin and bounds.top1_stable == 1.0
+    ]
+    return faults
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """The certificate; ``passed`` is True only if every case passed.
+
+    Attributes:
+        artifact_digest: Which artifact.
+        format: Its exporter.
+        runner: What executed it.
+        reference: What it was compared with.
+        precision: Element type of the weights.
+        thresholds: The bounds in force.
+        noise_floor: The reference against itself in another batch shape: ``max_abs``, ``kl_p99``, ``kl_max``, each the
+            greatest of all cases.
+        cases: One mapping for each case: name, passed, positions, statistics (None when a logit was not finite),
+            worst, last_position_max_abs, greedy.
+        reasons: Why it failed; empty when it passed.
+
+    Raises:
+        ValueError: If a number is NaN or infinite, or a value is not JSON.
+    """
+
+    artifact_digest: str
+    format: str
+    runner: str
+    reference: str
+    precision: str
+    thresholds: Mapping[str, float]
+    noise_floor: Mapping[str, float]
+    cases: tuple[Mapping[str, Any], ...]
+    reasons: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        _io.canonical_json(asdict(self))  # refuses NaN and infinity: a certificate that cannot be written is none
+
+    @property
+    def passed(self) -> bool:
+        """Whether the artifact is certified."""
+        return not self.reasons and bool(self.cases) and all(case["passed"] is True for case in self.cases)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``parity.json``."""
+        value = asdict(self)
+        return {
+            "schema": SCHEMA,
+            "passed": self.passed,
+            **value,
+            "cases": list(value["cases"]),
+            "reasons": list(value["reasons"]),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ParityReport:
+        """Inverse of :meth:`to_json`; ``passed`` is worked out again and not believed.
+
+        Raises:
+            ArtifactError: If the schema is unknown, or a field is missing, unknown or mistyped.
+        """
+        if value.get("schema") != SCHEMA:
+            raise ArtifactError(
+                f"the certificate has schema {value.get('schema')!r}; this version reads {SCHEMA!r}; verify again"
+            )
+        names = set(cls.__dataclass_fields__)
+        given = set(value) - {"schema", "passed"}
+        faults = [f"{name} is missing" for name in sorted(names - given)]
+        faults += [f"{name} is unknown" for name in sorted(given - names)]
+        faults += [
+            f"{name} is not {words}"
+            for name in sorted(names & given)
+            for kind, words in [_FIELD_KINDS.get(name, (str, "text"))]
+            if not isinstance(value[name], kind)
+        ]
+        if not faults:
+            faults += [
+                f"case {number} lacks a name, or passed is not true or false"
+                for number, case in enumerate(value["cases"])
+                if not (isinstance(case, Mapping) and "name" in case and isinstance(case.get("passed"), bool))
+            ]
+            faults += ["reasons are not all text"] * (not all(isinstance(reason, str) for reason in value["reasons"]))
+        try:
+            if not faults:
+                facts = {name: value[name] for name in names}
+                return cls(**{**facts, "cases": tuple(facts["cases"]), "reasons": tuple(facts["reasons"])})
+        except ValueError as error:  # NaN, which Python's reader of JSON lets through
+            faults.append(str(error))
+        raise ArtifactError(f"the certificate is malformed; {', '.join(faults)}; verify the artifact again")
+
+    def save(self, path: str | Path) -> None:
+        """Write ``parity.json`` atomically.
+
+        Raises:
+            StorageError: If it cannot be written; an older file stays as it was.
+        """
+        _io.write_json(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> ParityReport:
+        """Read a certificate.
+
+        Raises:
+            ArtifactError: If the file is missing, not JSON, of an unknown schema, or malformed.
+        """
+        return cls.from_json(_io.read_json(Path(path), "parity"))
+
+    def require(self) -> None:
+        """Raise unless the artifact passed.
+
+        Raises:
+            ParityError: Names the first reason and carries this report.
+        """
+        if not self.passed:
+            first = self.reasons[0] if self.reasons else "no case passed"
+            raise ParityError(
+                f"the {self.format} artifact does not match its torch model; {first}; do not deploy it, export it "
+                "again and keep parity.json for a bug report",
+                self,
+            )
+
+
+_FIELD_KINDS: Mapping[str, tuple[type, str]] = {
+    "thresholds": (Mapping, "a table"),
+    "noise_floor": (Mapping, "a table"),
+    "cases": (list, "a list"),
+    "reasons": (list, "a list"),
+}

@@ -1,0 +1,196 @@
+"""What a run folder remembers: one writer at a time, each finished stage with its inputs and outputs, no leftovers.
+
+Kept apart from the stages themselves, so what makes a run resumable can be read in one place.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sglp_deploy import _io
+from sglp_deploy.artifact import ExportArtifact
+from sglp_deploy.errors import ArtifactError, ConfigError
+from sglp_deploy.plan import PruningPlan
+
+RUN_FILE = "run.json"
+SCHEMA = "run/1"  # history: 1 = first
+
+# Every name a run writes at the top of its folder; anything else there belongs to somebody.
+_LAYOUT = {RUN_FILE, "plan.json", "quality.json", "checkpoint", "artifacts", "parity", "bench", "report"}
+
+# Where a killed run can have left a temporary name, and nowhere else: the folder may hold a user's own files too.
+_LEFTOVERS = (
+    ".run.json.*.tmp",
+    ".plan.json.*.tmp",
+    ".quality.json.*.tmp",
+    ".checkpoint.*.partial",
+    ".checkpoint.*.old",
+    "artifacts/.*.partial",
+    "artifacts/.*.old",
+    "parity/.*.tmp",
+    "bench/*/.*.tmp",
+    "bench/all/blocks/.*.tmp",
+    "report/.*.tmp",
+)
+
+
+@dataclass
+class Stage:
+    """What ``run.json`` remembers of one stage.
+
+    Attributes:
+        key: Digest of everything that decides the stage's result.
+        state: "running" or "done".
+        elapsed_s: Wall time when it last ran.
+        outputs: Path in the run folder to the digest it had when the stage ended.
+        product: What the next stages depend on: equal for equal results, whatever the wall times in the files.
+        note: "kept" when the last run did not need to run it.
+    """
+
+    key: str
+    state: str
+    elapsed_s: float = 0.0
+    outputs: dict[str, str] = field(default_factory=dict)
+    product: str = ""
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field."""
+        return asdict(self)
+
+    def intact(self, root: Path, outputs: Iterable[str]) -> bool:
+        """Whether every output still has the digest it had when the stage ended."""
+        try:
+            return all(self.outputs[output] == output_digest(root / output) for output in outputs)
+        except (ArtifactError, OSError, KeyError):
+            return False
+
+
+def read_stages(root: Path) -> dict[str, Stage]:
+    """The stages of an earlier run; none when its file is missing, damaged or of another version.
+
+    Nothing in a file that cannot be trusted is believed: every stage then runs again.
+    """
+    try:
+        value = _io.read_json(root / RUN_FILE, "run")
+        stages = {name: Stage(**stage) for name, stage in value["stages"].items()}
+    except (ArtifactError, KeyError, TypeError, AttributeError):
+        return {}
+    return {name: stage for name, stage in stages.items() if isinstance(stage.outputs, dict)}
+
+
+def output_digest(path: Path) -> str:
+    """Of a file its bytes; of an artifact folder its manifest, after every file was checked against it.
+
+    Raises:
+        ArtifactError: If an artifact is incomplete or altered.
+        OSError: If the file is missing.
+    """
+    return ExportArtifact.load(path).digest if path.is_dir() else _io.sha256_file(path)
+
+
+def product_digest(root: Path, outputs: Mapping[str, str]) -> str:
+    """What later stages depend on; a plan counts by its decision, because its file also holds wall times."""
+    facts = dict(outputs)
+    if "plan.json" in facts:
+        facts["plan.json"] = PruningPlan.load(root / "plan.json").digest()
+    return _io.sha256_json(facts)
+
+
+def model_digest(model: str) -> str:
+    """Digest of a model's files, or of its hub identifier (whose content is then trusted not to change)."""
+    path = Path(model)
+    if path.is_file():
+        return _io.sha256_file(path)
+    if path.is_dir():
+        files = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
+        return _io.sha256_json([[file.name, _io.sha256_file(file)] for file in files])
+    return _io.sha256_json(["hub", model])
+
+
+def text_digest(given: str | None) -> str:
+    """Of a text file its bytes, so its content decides and not its name; otherwise the name itself."""
+    if given is not None and Path(given).is_file():
+        return _io.sha256_file(Path(given))
+    return given or "builtin"
+
+
+def provider(group: str, name: str) -> str:
+    """The distribution and version behind a third party's plugin; "built-in" for ours."""
+    for entry in metadata.entry_points(group=group, name=name):
+        if entry.dist is not None:
+            return f"{entry.dist.name}=={entry.dist.version}"
+    return "built-in"
+
+
+@contextmanager
+def run_folder(root: Path) -> Iterator[None]:
+    """Hold ``root`` as the only run in it; made if missing, cleared of what a killed run left.
+
+    Raises:
+        ConfigError: If it is a file, holds somebody's files, or another run holds it.
+        StorageError: If it cannot be written.
+    """
+    if root.exists() and not root.is_dir():
+        raise ConfigError(f"{root} is a file; a run needs a folder; choose another --output")
+    if root.is_dir() and not (root / RUN_FILE).is_file():
+        others = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
+        if strangers := [name for name in others if name not in _LAYOUT]:
+            raise ConfigError(
+                f"{root} holds {strangers[0]} and no {RUN_FILE}; a run would mix its files with others; choose another "
+                "--output"
+            )
+    with _io.storage_errors(root):
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except NotADirectoryError as error:
+            raise ConfigError(f"{root} lies below a file; a run needs a folder; choose another --output") from error
+        lock = (root / ".lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another run is writing to {root}; two would mix their files; wait for it, or choose another --output"
+            ) from None
+        _sweep(root)
+        yield
+
+
+def _sweep(root: Path) -> None:
+    # Nothing else can own these while we hold the lock.
+    for pattern in _LEFTOVERS:
+        for left in root.glob(pattern):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def remove_strangers(root: Path, outputs: Iterable[str]) -> list[str]:
+    """Remove artifacts, certificates and measurements of earlier runs that are no output of this one.
+
+    They were made by another plan or format, and the report reads whatever lies in the folder.
+
+    Returns:
+        Their paths within ``root``.
+    """
+    wanted = [root / output for output in outputs]
+    found = {file.parent for file in root.glob("artifacts/*/manifest.json")}
+    found |= set(root.glob("parity/*.json"))
+    found |= {file.parent for name in ("result", "comparison") for file in root.glob(f"bench/*/{name}.json")}
+    found |= {folder.parent for folder in root.glob("bench/all/blocks")}
+    strangers = [path for path in sorted(found) if not any(want.is_relative_to(path) for want in wanted)]
+    for path in strangers:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return [path.relative_to(root).as_posix() for path in strangers]

@@ -1,0 +1,361 @@
+"""The whole line into one folder, resumable: a finished stage whose inputs are unchanged is not run again.
+
+A stage's key is the digest of everything that decides its result: the settings it reads, what the stages before it
+produced, and the versions of the packages that compute it.  Its outputs are checked too, so a file that was damaged or
+deleted makes its stage run again; the stages after it follow only if it then comes out different.
+
+Nothing here imports torch before a stage needs it: a run that has nothing to do should cost nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglp_bench.ceiling import decode_ceiling, prefill_ceiling
+from sglp_bench.compare import compare_results
+from sglp_bench.comparison import Comparison
+from sglp_bench.environment import COMPARABLE_KEYS, collect_environment
+from sglp_bench.harness import run_arms
+from sglp_bench.report import RunReport
+from sglp_bench.result import BenchmarkResult
+from sglp_bench.workload import Workload
+from sglp_deploy import __version__, _io, registry
+from sglp_deploy.artifact import ExportArtifact, producer_versions
+from sglp_deploy.certificate import ParityReport
+from sglp_deploy.cli import ledger, session
+from sglp_deploy.cli.console import Console, table
+from sglp_deploy.config import RunConfig
+from sglp_deploy.plan import PLANNER_GROUP, PruningPlan
+
+if TYPE_CHECKING:
+    from sglp_deploy.compressor import Compressor
+
+EXIT_PARITY = 3
+
+# Formats whose runner here is the runtime the artifact is made for, so a time taken with it means something.
+_MEASURED = ("onnx", "torch")
+_VERSIONED = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+_PREFILL, _DECODE = "prefill_latency_s", "decode_latency_s_per_token"
+
+# What each kind of stage reads of the configuration, beside the model itself.
+_WEIGHTS = ("dtype", "device")
+_PLAN = (
+    *_WEIGHTS, "drop", "keep", "max_parameters", "method", "criterion", "n_segments", "profile", "estimator", "quota",
+    "calibration", "calibration_tokens", "sequence_length", "batch_size", "rows", "skip_positions", "seed",
+)  # fmt: skip
+_VERIFY = (*_WEIGHTS, "threads", "text")
+_QUALITY = (*_WEIGHTS, "threads", "text", "evaluation_tokens", "evaluation_chunk", "seed")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    text: str
+    value: dict[str, Any]
+    exit_code: int
+
+
+class Pipeline:
+    """One run of every stage into ``config.output``.
+
+    Args:
+        config: What to do.
+        console: Where to say what is going on.
+        command: Recorded in ``run.json`` and the report.
+    """
+
+    def __init__(self, config: RunConfig, console: Console, command: str = "") -> None:
+        self._workload = Workload.named(config.workload, device=config.device, threads=config.threads)
+        session.check_texts(config)
+        self._config = config
+        self._console = console
+        self._command = command
+        self._root = Path(config.output)
+        self._compressor: Compressor | None = None
+        self._stages: dict[str, ledger.Stage] = {}
+        self._order: list[str] = []
+        self._plan: PruningPlan | None = None
+        self._formats_checked = False
+        self._versions = producer_versions(*_VERSIONED) | {"sglp-deploy": __version__}
+        self._environment = collect_environment(device=config.device, threads=config.threads)
+        self._created = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def run(self) -> Outcome:
+        """Run what needs running, in order.
+
+        Raises:
+            SGLPError: The first failure; stages finished before it are kept.
+        """
+        if not (self._root / ledger.RUN_FILE).is_file():
+            self._check_formats()  # a name nobody knows is refused before a folder is made
+        with ledger.run_folder(self._root):
+            self._stages = ledger.read_stages(self._root)
+            model = ledger.model_digest(self._config.model)
+            settings = self._settings(_PLAN) | {"planner": ledger.provider(PLANNER_GROUP, self._config.method)}
+            planned = self._stage("plan", settings, [model], ["plan.json"], self._make_plan)
+            plan = self._plan = PruningPlan.load(self._root / "plan.json")
+            made = self._make_artifacts(plan, planned, model)
+            verified = self._verify_artifacts(made, model)
+            settings = self._settings(_QUALITY)
+            judged = self._stage("quality", settings, [planned, model], ["quality.json"], lambda: self._judge(plan))
+            self._compressor = None  # the benchmark's workers need the memory more
+            measured = self._bench_stage(plan, made)
+            for stranger in ledger.remove_strangers(self._root, self._outputs()):
+                self._console.note(f"removed {stranger}: an earlier run made it, this one does not")
+            self._stages = {name: stage for name, stage in self._stages.items() if name in (*self._order, "report")}
+            upstream = [planned, judged, measured, *made.values(), *verified]
+            outputs = ["report/report.json", "report/report.html"]
+            self._stage("report", {"layout": 1}, upstream, outputs, self._write_report)
+            self._save_state()
+            return self._outcome(plan)
+
+    # ------------------------------------------------------------------------------------------------ stages
+
+    def _make_plan(self) -> None:
+        plan = session.make_plan(self._loaded(), self._config)
+        plan.save(self._root / "plan.json")
+        self._console.note(f"plan: remove layers {', '.join(map(str, plan.drop)) or 'none'}")
+
+    def _make_artifacts(self, plan: PruningPlan, planned: str, model: str) -> dict[str, str]:
+        """The checkpoint and every format asked for, with its baseline where it will be measured; name to product."""
+        # The torch exporter writes the checkpoint and adds a manifest, so it is an artifact like the others.
+        made = {"torch": self._export_stage("checkpoint", "torch", plan, [planned, model])}
+        for name in self._formats():
+            if name != "torch":
+                made[name] = self._export_stage(f"export {name}", name, plan, [planned, model])
+            if name in _MEASURED:
+                # The baseline keeps every layer, so no plan has a say in it.
+                made[f"{name}-baseline"] = self._export_stage(f"export {name}-baseline", name, None, [model])
+        return made
+
+    def _export_stage(self, stage: str, exporter: str, plan: PruningPlan | None, upstream: Sequence[str]) -> str:
+        output = stage if stage == "checkpoint" else f"artifacts/{stage.removeprefix('export ')}"
+        settings = self._settings(_WEIGHTS) | {"exporter": ledger.provider(registry.GROUP, exporter)}
+        if plan is None:
+            settings |= self._settings(("seed",))  # recorded in the keep-all plan
+
+        def export() -> None:
+            compressor = self._loaded()
+            compressor.export(plan or compressor.keep_all(), exporter, self._root / output)
+
+        return self._stage(stage, settings, upstream, [output], export)
+
+    def _verify_artifacts(self, made: Mapping[str, str], model: str) -> list[str]:
+        products = []
+        for name, product in made.items():
+            if name == "torch" and "torch" not in self._config.to:
+                continue  # loaded back bit for bit when it was written; measured only as what ONNX is compared with
+
+            def verify(name: str = name) -> None:
+                text = session.own_text(self._config.text, max_tokens=8_192)
+                report = self._loaded().verify(self._artifact(name), text=text, threads=self._config.threads)
+                report.save(self._root / "parity" / f"{name}.json")
+
+            settings = self._settings(_VERIFY)
+            products.append(self._stage(f"parity {name}", settings, [product, model], [f"parity/{name}.json"], verify))
+        return products
+
+    def _judge(self, plan: PruningPlan) -> None:
+        quality = self._loaded().evaluate(plan, session.evaluation_set(self._config))
+        _io.write_json(self._root / "quality.json", quality)
+
+    def _bench_stage(self, plan: PruningPlan, made: Mapping[str, str]) -> str:
+        measured = []
+        for name in self._formats():
+            if name not in _MEASURED:
+                continue
+            if failed := [arm for arm in (name, f"{name}-baseline") if not self._parity(arm).passed]:
+                self._console.warn(f"{name} is not measured; parity of {failed[0]} failed; see parity/{failed[0]}.json")
+            else:
+                measured.append(name)
+        if not measured:
+            return ""
+        names = [*measured, *(f"{name}-against-torch" for name in measured if name != "torch")]
+        outputs = [f"bench/{name}/{file}" for name in names for file in ("result.json", "comparison.json")]
+        arms = {arm: made[arm] for name in measured for arm in (f"{name}-baseline", name)} | {"torch": made["torch"]}
+        settings = {
+            "workload": self._workload.to_json(),
+            "measured": measured,
+            "environment": {key: self._environment.get(key) for key in COMPARABLE_KEYS},
+        }
+        return self._stage("bench", settings, list(arms.values()), outputs, lambda: self._bench(plan, measured, arms))
+
+    def _bench(self, plan: PruningPlan, measured: Sequence[str], arms: Mapping[str, str]) -> None:
+        def progress(done: int, total: int, text: str) -> None:
+            del text
+            self._console.progress("bench", done, total)
+
+        work = self._root / "bench" / "all"
+        # "torch" is PyTorch eager on the same pruned model: what a user has before any export.
+        artifacts = {name: self._artifact(name) for name in arms}
+        baseline = f"{measured[0]}-baseline"
+        result = run_arms(artifacts, self._workload, baseline=baseline, out_dir=work, progress=progress)
+        ceilings = _ceilings(plan, self._workload.batch_size)
+        for name in measured:
+            comparison = compare_results(result, baseline=f"{name}-baseline", candidate=name).with_ceilings(ceilings)
+            self._save_comparison(name, comparison, result)
+            if name != "torch":
+                versus = compare_results(result, baseline="torch", candidate=name, allow=("precision",))
+                self._save_comparison(f"{name}-against-torch", versus, result)
+        shutil.rmtree(work, ignore_errors=True)
+
+    def _save_comparison(self, name: str, comparison: Comparison, result: BenchmarkResult) -> None:
+        folder = self._root / "bench" / name
+        comparison.save(folder / "comparison.json")
+        result.save(folder / "result.json")
+
+    def _write_report(self) -> None:
+        RunReport.from_run_folder(self._root).save(self._root / "report")
+
+    # ------------------------------------------------------------------------------------------------ machinery
+
+    def _stage(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        upstream: Sequence[str],
+        outputs: Sequence[str],
+        work: Callable[[], None],
+    ) -> str:
+        """Run ``work`` unless it was done with the same inputs and its outputs are intact; returns its product."""
+        key = _io.sha256_json([name, dict(settings), list(upstream), self._versions])
+        self._order.append(name)
+        before = self._stages.get(name)
+        if before is not None and before.key == key and before.state == "done" and before.intact(self._root, outputs):
+            before.note = "kept"
+            self._console.note(f"{name}: kept, its inputs have not changed")
+            return before.product
+        self._check_formats()
+        self._console.note(f"{name} ...")
+        started = time.perf_counter()
+        self._stages[name] = ledger.Stage(key, "running")
+        self._save_state()
+        work()
+        elapsed = time.perf_counter() - started
+        digests = {output: ledger.output_digest(self._root / output) for output in outputs}
+        product = ledger.product_digest(self._root, digests)
+        self._stages[name] = ledger.Stage(key, "done", elapsed, digests, product)
+        self._save_state()
+        self._console.note(f"{name}: done in {elapsed:.1f} s")
+        return product
+
+    def _check_formats(self) -> None:
+        """Refuse a format that cannot be written before any work; asked only then, because exporters load torch."""
+        if not self._formats_checked:
+            for name in self._config.to:
+                registry.exporter(name)
+            self._formats_checked = True
+
+    def _save_state(self) -> None:
+        # Path.stem would cut "Qwen2.5-0.5B" at its first dot from the right.
+        title = Path(self._config.model).name.removesuffix(".gguf") or self._config.model
+        if self._plan is not None:
+            title = f"{title}: {self._plan.n_layers} to {len(self._plan.keep)} layers"
+        # Stages that this run has not come to yet stay, or a run interrupted here would forget them.
+        later = [name for name in self._stages if name not in self._order]
+        _io.write_json(
+            self._root / ledger.RUN_FILE,
+            {
+                "schema": ledger.SCHEMA,
+                "title": title,
+                "created": self._created,
+                "command": self._command,
+                "seed": self._config.seed,
+                "versions": self._versions,
+                "machine": self._environment,
+                "checkpoint": _parameter_counts(self._plan) if self._plan else None,
+                "stages": {
+                    name: self._stages[name].to_json() for name in [*self._order, *later] if name in self._stages
+                },
+            },
+        )
+
+    def _outputs(self) -> list[str]:
+        return [output for name in self._order if name in self._stages for output in self._stages[name].outputs]
+
+    def _settings(self, names: Sequence[str]) -> dict[str, Any]:
+        settings = {name: getattr(self._config, name) for name in names}
+        return {
+            name: ledger.text_digest(value) if name in ("calibration", "text") else value
+            for name, value in settings.items()
+        }
+
+    def _formats(self) -> list[str]:
+        # PyTorch last: the first measured format is the one whose baseline is repeated as the A/A control.
+        return sorted(dict.fromkeys(self._config.to), key=lambda name: name == "torch")
+
+    def _loaded(self) -> Compressor:
+        if self._compressor is None:
+            self._compressor = session.compressor(self._config, self._console)
+        return self._compressor
+
+    def _artifact(self, name: str) -> ExportArtifact:
+        folder = self._root / ("checkpoint" if name == "torch" else f"artifacts/{name}")
+        return ExportArtifact.load(folder, check_files=False)
+
+    def _parity(self, name: str) -> ParityReport:
+        return ParityReport.load(self._root / "parity" / f"{name}.json")
+
+    def _outcome(self, plan: PruningPlan) -> Outcome:
+        rows: list[tuple[str, str]] = [("layers", f"{plan.n_layers} -> {len(plan.keep)}")]
+        exit_code = 0
+        for file in sorted((self._root / "parity").glob("*.json")):
+            report = ParityReport.load(file)
+            rows.append((f"parity {file.stem}", _verdict(report)))
+            exit_code = exit_code if report.passed else EXIT_PARITY
+        for file in sorted((self._root / "bench").glob("*/comparison.json")):
+            comparison = Comparison.load(file)
+            for metric, label in ((_PREFILL, "prefill"), (_DECODE, "decode")):
+                rows.append((f"{file.parent.name} {label}", _speed(comparison, metric)))
+        quality = _io.read_json(self._root / "quality.json", "quality")
+        rows.append(("perplexity", f"{quality['dense']['perplexity']:.2f} -> {quality['pruned']['perplexity']:.2f}"))
+        page = self._root / "report" / "report.html"
+        rows.append(("checkpoint", str(self._root / "checkpoint")))
+        rows.append(("report", str(page)))
+        value = {"schema": "outcome/1", "exit_code": exit_code, "report": str(page), "rows": dict(rows)}
+        return Outcome(table(rows), value, exit_code)
+
+
+def _verdict(report: ParityReport) -> str:
+    known = [case["statistics"] for case in report.cases]
+    # A case without statistics met a NaN or an infinity.
+    worst = f"KL p99 {max(found['kl_p99'] for found in known):.1e} nats" if known and all(known) else "not finite"
+    return f"{'passed' if report.passed else 'FAILED'}, {worst}"
+
+
+def _speed(comparison: Comparison, metric: str) -> str:
+    found = comparison.metrics[metric]
+    text = f"{found.ratio:.3f}x"
+    if found.interval:
+        text += f" ({found.interval[0]:.3f} - {found.interval[1]:.3f})"
+    text += f", {found.verdict}"
+    if found.fraction_of_ceiling and found.ceiling:
+        text += f", {found.fraction_of_ceiling:.0%} of the ceiling {found.ceiling:.3f}x"
+    if found.control and found.control.interval:
+        text += f"; A/A {found.control.interval[0]:.3f} - {found.control.interval[1]:.3f}"
+    return text
+
+
+def _ceilings(plan: PruningPlan, batch_size: int) -> dict[str, float]:
+    layers = plan.model.get("layer_parameters")
+    head = plan.model.get("head_parameters")
+    if not layers or head is None or not plan.drop:
+        return {}
+    ceilings = {_PREFILL: prefill_ceiling(layers, plan.drop)}
+    if batch_size == 1:  # a larger batch is bound by arithmetic and not by reading weights
+        ceilings[_DECODE] = decode_ceiling(layers, plan.drop, head)
+    return ceilings
+
+
+def _parameter_counts(plan: PruningPlan) -> dict[str, int] | None:
+    layers, dense = plan.model.get("layer_parameters"), plan.model.get("parameters")
+    if not layers or dense is None:
+        return None
+    return {"parameters": dense - sum(layers[index] for index in plan.drop), "dense_parameters": dense}

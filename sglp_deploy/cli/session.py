@@ -1,0 +1,216 @@
+"""From options to a Compressor; shared by the verbs that hold a model.
+
+torch and transformers are imported by the functions that need them, so a verb can refuse what cannot work at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglp_deploy.artifact import MANIFEST, ExportArtifact
+from sglp_deploy.calibration import BUILTIN, CalibrationSet
+from sglp_deploy.cli.console import Console
+from sglp_deploy.config import DTYPES, RunConfig
+from sglp_deploy.errors import ConfigError, StorageError
+from sglp_deploy.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from sglp_deploy.compressor import Compressor
+
+_PLAN_FILE = "sglp_plan.json"
+_CONNECT_S = 5.0
+
+
+def calibration_set(config: RunConfig) -> CalibrationSet:
+    """The calibration text a run asks for."""
+    return CalibrationSet.parse(
+        config.calibration,
+        max_tokens=config.calibration_tokens,
+        sequence_length=config.sequence_length,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+
+
+def own_text(given: str | None, **options: Any) -> CalibrationSet | None:
+    """The text a user gave to judge by, or None when the built-in held-out prose is meant."""
+    # Parsed as calibration text, "builtin" would be the share that plans are made from.
+    return None if given in (None, BUILTIN) else CalibrationSet.parse(given, **options)
+
+
+def held_out_set(given: str | None, **options: Any) -> CalibrationSet:
+    """The text to judge by: the user's, or the built-in held-out prose."""
+    return own_text(given, **options) or CalibrationSet.builtin_held_out(**options)
+
+
+def evaluation_set(config: RunConfig) -> CalibrationSet:
+    """The held-out text a run judges quality on."""
+    return held_out_set(
+        config.text, max_tokens=config.evaluation_tokens, sequence_length=config.evaluation_chunk, seed=config.seed
+    )
+
+
+def check_texts(config: RunConfig) -> None:
+    """Read the texts a run will need much later, so that a wrong path is refused at once; datasets are left alone.
+
+    Raises:
+        ConfigError: If a file is missing or unreadable.
+        CalibrationError: If it holds no text.
+    """
+    for given, make in ((config.calibration, calibration_set), (config.text, evaluation_set)):
+        if not (given or "").startswith("hf:"):
+            make(config)
+
+
+def compressor(config: RunConfig, console: Console) -> Compressor:
+    """A Compressor for planning: the calibration text is read before the model, because it fails faster."""
+    _set_threads(config.threads)
+    settle_connection(console, config.model, config.calibration, config.text)
+    calibration = calibration_set(config)
+    return _load(
+        console,
+        config.model,
+        calibration=calibration,
+        device=config.device,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
+        rows=config.rows,
+        skip_positions=config.skip_positions,
+    )
+
+
+def plain_compressor(arguments: argparse.Namespace, console: Console) -> Compressor:
+    """A Compressor for the verbs that take a plan that is already made."""
+    _set_threads(arguments.threads)
+    settle_connection(console, arguments.model, getattr(arguments, "text", None))
+    return _load(
+        console,
+        arguments.model,
+        device=arguments.device or "cpu",
+        dtype=arguments.dtype or "auto",
+        trust_remote_code=bool(arguments.trust_remote_code),
+        allow_pickle=bool(arguments.allow_pickle),
+    )
+
+
+def _load(console: Console, model: str, **options: Any) -> Compressor:
+    from sglp_deploy.compressor import Compressor
+
+    console.note(f"loading {model}")
+    return Compressor.from_pretrained(model, progress=console.progress, **options)
+
+
+def make_plan(made: Compressor, config: RunConfig, *, keep_matrix: bool = True) -> PruningPlan:
+    """The plan a run asks for."""
+    return made.plan(
+        drop=config.drop,
+        keep=config.keep,
+        max_parameters=config.max_parameters,
+        method=config.method,
+        criterion=config.criterion,
+        n_segments=config.n_segments,
+        profile=config.profile,
+        estimator=config.estimator,
+        quota=config.quota,
+        keep_matrix=keep_matrix,
+    )
+
+
+def use_recorded_model(arguments: argparse.Namespace, artifact: ExportArtifact) -> None:
+    """Fill in the model and the element type an artifact was made from, where the user names none.
+
+    Raises:
+        ConfigError: If the model has moved or was never recorded.
+    """
+    if not arguments.model:
+        model = str(artifact.model.get("id") or "")
+        if not model:
+            raise ConfigError(
+                f"{artifact.path} does not say which model it came from; nothing to compare; pass --model"
+            )
+        # A hub identifier has one slash and no file behind it; anything else must be there.
+        if not Path(model).exists() and (model.count("/") != 1 or model.endswith(".gguf")):
+            raise ConfigError(
+                f"{model} is not there; {artifact.path} was made from it; pass --model with its present place"
+            )
+        arguments.model = model
+    if not arguments.dtype and artifact.precision in DTYPES:
+        # Loaded in another type, the model would not be the one the artifact was made from.
+        arguments.dtype = artifact.precision
+
+
+def settle_connection(console: Console, model: str, *texts: str | None) -> None:
+    """Decide once whether the hub can be reached, before its client retries for half a minute.
+
+    Args:
+        console: Told when there is no connection.
+        model: A path or a hub identifier.
+        texts: Paths, or datasets (``hf:...``).
+    """
+    remote = not Path(model).exists() or any((text or "").startswith("hf:") for text in texts)
+    if not remote or os.environ.get("HF_HUB_OFFLINE"):
+        return
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=_CONNECT_S).close()
+    except urllib.error.HTTPError:  # it answered
+        return
+    except (OSError, ValueError) as error:
+        console.note(f"{endpoint} cannot be reached ({getattr(error, 'reason', error)}); only cached files are used")
+        # Read when huggingface_hub is imported, which is why nothing here has imported it yet.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def check_output_folder(path: str | Path) -> None:
+    """Refuse, before any work, a folder that cannot be written or whose replacement would destroy somebody's files.
+
+    Raises:
+        ConfigError: If it is a file, the current folder, or holds files that are not an artifact or checkpoint of ours.
+        StorageError: If it cannot be written.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; a folder is written there; choose another --output")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ConfigError(f"{folder} holds the current folder; it would be replaced; choose another --output")
+    ours = any((folder / name).is_file() for name in (MANIFEST, _PLAN_FILE))
+    if folder.is_dir() and any(folder.iterdir()) and not ours:
+        raise ConfigError(f"{folder} holds other files; the whole folder is replaced; choose another --output")
+    _check_writable(folder)
+
+
+def check_output_file(path: str | Path | None) -> None:
+    """Refuse, before any work, a file that cannot be written.
+
+    Raises:
+        ConfigError: If it is a folder.
+        StorageError: If it cannot be written.
+    """
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise ConfigError(f"{path} is a folder; a file is written there; add a file name to --output")
+    _check_writable(Path(path))
+
+
+def _check_writable(path: Path) -> None:
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{path} lies below {above}, which is a file; nothing can be written there; change --output")
+    if not os.access(above, os.W_OK):
+        raise StorageError(f"cannot write {path}; {above} is read-only here; choose another --output")
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"threads={threads} is not positive; at least one is needed; pass --threads 1 or more")
+        import torch
+
+        torch.set_num_threads(threads)

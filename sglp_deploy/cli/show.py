@@ -1,0 +1,218 @@
+"""Any of our files as text: the table a person wants first, chosen by the file's own schema."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from sglp_deploy.cli.console import table
+from sglp_deploy.errors import ArtifactError
+
+_MIB = 1 << 20
+# A folder is shown by the first of these it holds.
+_IN_FOLDER = ("run.json", "manifest.json", "comparison.json", "result.json", "report.json", "sglp_plan.json")
+
+Json = Mapping[str, Any]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The JSON of one of our files, or of the file that stands for a folder of ours.
+
+    Raises:
+        ArtifactError: If there is none, it is not JSON, or it carries no schema.
+    """
+    if path.is_dir():
+        found = next((path / name for name in _IN_FOLDER if (path / name).is_file()), None)
+        if found is None:
+            raise ArtifactError(f"{path} holds none of {', '.join(_IN_FOLDER)}; it is not a folder of ours; check it")
+        path = found
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist; one of our files was expected; check the path") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read; {error}; one of our JSON files was expected") from error
+    if not isinstance(value, dict) or not isinstance(value.get("schema"), str):
+        raise ArtifactError(f"{path} carries no schema; it is not one of our files; check the path")
+    return value
+
+
+def describe(value: Json) -> str:
+    """The table for ``value``, by its schema.
+
+    Raises:
+        ArtifactError: If the schema is unknown or the file is incomplete.
+    """
+    kind = str(value.get("schema"))
+    if kind not in _VIEWS:
+        raise ArtifactError(
+            f"schema {kind!r} is unknown to this version; it cannot be shown; the known ones are "
+            f"{', '.join(sorted(_VIEWS))}"
+        )
+    try:
+        return _VIEWS[kind](value)
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"the {kind} file is incomplete; {error!r}; make it again") from error
+
+
+def _plan(value: Json) -> str:
+    lines = [
+        f"{value['method']}: keep {len(value['keep'])} of {value['n_layers']} layers of {value['model']['id']}",
+        f"removed: {', '.join(map(str, value['drop'])) or 'none'}",
+    ]
+    scores = (value["scores"] or {}).get(value["criterion"] or "")
+    if not scores:
+        return "\n".join(lines)
+    lines.append(f"criterion {value['criterion']}, quota {value['quota']}, {len(value['segments'])} segments\n")
+    dropped = set(value["drop"])
+    rows = []
+    for number, (start, end) in enumerate(value["segments"], 1):
+        for layer in range(start, end):
+            rows.append((f"S{number}", layer, f"{scores[layer]:.4g}", "removed" if layer in dropped else ""))
+    return "\n".join(lines) + "\n" + table(rows, ("segment", "layer", str(value["criterion"]), ""))
+
+
+def _artifact(value: Json) -> str:
+    rows: list[tuple[Any, ...]] = [
+        ("format", value["format"]),
+        ("layers", value["n_layers"]),
+        ("precision", value["precision"]),
+        ("weights", f"{value['weight_bytes'] / _MIB:.1f} MiB"),
+        ("model", value["model"].get("id")),
+        ("plan", value["plan_digest"][:16]),
+    ]
+    files = [
+        (name, f"{record['bytes'] / _MIB:.2f} MiB", record["sha256"][:16]) for name, record in value["files"].items()
+    ]
+    return table(rows) + "\n\n" + table(files, ("file", "size", "sha256"))
+
+
+def _parity(value: Json) -> str:
+    rows = []
+    for case in value["cases"]:
+        found = case["statistics"] or {}
+        greedy = case["greedy"] or {}
+        rows.append(
+            (
+                case["name"],
+                "pass" if case["passed"] else "FAIL",
+                case["positions"],
+                _number(found.get("kl_p99")),
+                _number(found.get("max_abs")),
+                _number(found.get("cosine_min"), ".9f"),
+                f"{greedy.get('equal_tokens', '-')}/{greedy.get('tokens', '-')}",
+            )
+        )
+    verdict = "PASSED" if value["passed"] else "FAILED"
+    head = f"parity {verdict}: {value['format']} on {value['runner']} against {value['reference']}"
+    text = head + "\n\n" + table(rows, ("case", "", "positions", "KL p99", "max abs", "cosine min", "greedy equal"))
+    floor = value["noise_floor"]
+    text += "\n\nnoise floor of the reference: "
+    text += f"KL p99 {_number(floor.get('kl_p99'))}, max abs {_number(floor.get('max_abs'))}"
+    return text + "".join(f"\nreason: {reason}" for reason in value["reasons"])
+
+
+def _comparison(value: Json) -> str:
+    rows = []
+    for metric in value["metrics"].values():
+        name, interval = metric["metric"], metric["interval"]
+        rows.append(
+            (
+                name,
+                _level(name, metric["baseline"]),
+                _level(name, metric["candidate"]),
+                f"{metric['ratio']:.3f}",
+                f"{interval[0]:.3f} - {interval[1]:.3f}" if interval else "-",
+                _number(metric["ceiling"], ".3f"),
+                metric["verdict"],
+            )
+        )
+    pairs = f"{value['n_pairs']} pairs" if value["paired"] else "not paired"
+    head = f"{value['candidate']} against {value['baseline']}, {pairs}, workload {value['workload']['name']}"
+    columns = ("metric", "baseline", "candidate", "ratio", "95 % interval", "ceiling", "verdict")
+    return f"{head}\n\n{table(rows, columns)}" + "".join(f"\nnote: {note}" for note in value["notes"])
+
+
+def _result(value: Json) -> str:
+    rows = []
+    for label, arm in value["arms"].items():
+        samples = [block["samples"] for block in arm["blocks"]]
+        rows.append(
+            (
+                label,
+                len(arm["blocks"]),
+                f"{1e3 * median(second for sample in samples for second in sample['prefill_s']):.3f} ms",
+                f"{1e3 * median(second for sample in samples for row in sample['decode_s'] for second in row):.3f} ms",
+                _bytes(arm["memory"].get("host_peak", {}).get("bytes")),
+            )
+        )
+    columns = ("arm", "blocks", "prefill, median", "decode step, median", "peak host memory")
+    return f"workload {value['workload']['name']}\n\n{table(rows, columns)}"
+
+
+def _level(metric: str, value: float) -> str:
+    return _bytes(value) if metric.endswith("_bytes") else f"{value:.5g}"
+
+
+def _bytes(amount: Any) -> str:
+    return f"{amount / _MIB:.1f} MiB" if isinstance(amount, int | float) else "not measured"
+
+
+def _quality(value: Json) -> str:
+    low, high = value["ratio_interval"]
+    rows = [
+        (name, f"{value[name]['perplexity']:.3f}", f"{value[name]['nats_per_token']:.4f}")
+        for name in ("dense", "pruned")
+    ]
+    protocol = value["protocol"]
+    return (
+        table(rows, ("model", "perplexity", "nats a token"))
+        + f"\n\nratio {value['ratio']:.3f} (95 % interval {low:.3f} - {high:.3f}) on {protocol['n_tokens']} tokens of "
+        f"{protocol['text']}, chunks of {protocol['chunk_tokens']}"
+    )
+
+
+def _run(value: Json) -> str:
+    rows = [
+        (name, stage["state"], f"{stage['elapsed_s']:.1f} s", stage.get("note", ""))
+        for name, stage in value["stages"].items()
+    ]
+    return f"{value['title']}\n\n" + table(rows, ("stage", "state", "time", ""))
+
+
+def _report(value: Json) -> str:
+    rows = [(card["label"], card["value"], card["detail"]) for card in value["cards"]]
+    missing = "".join(f"\nnot measured: {line}" for line in value["missing"])
+    return f"{value['title']}\n\n{table(rows)}{missing}"
+
+
+def _perplexity(value: Json) -> str:
+    return f"perplexity {value['perplexity']:.3f} on {value['n_tokens']} tokens of {value['text']}"
+
+
+def _similarity(value: Json) -> str:
+    values = value["values"]
+    rows = [(layer, f"{row[layer + 1]:.4f}") for layer, row in enumerate(values[:-1])]
+    head = f"similarity of {len(values)} layers, {value['estimator']} linear CKA"
+    return f"{head}\n\n{table(rows, ('layer', 'with the next'))}"
+
+
+def _number(value: Any, form: str = ".3g") -> str:
+    return format(value, form) if isinstance(value, int | float) else "-"
+
+
+_VIEWS: dict[str, Callable[[Json], str]] = {
+    "artifact/1": _artifact,
+    "comparison/1": _comparison,
+    "parity/1": _parity,
+    "perplexity/1": _perplexity,
+    "plan/1": _plan,
+    "quality/1": _quality,
+    "report/1": _report,
+    "result/1": _result,
+    "run/1": _run,
+    "similarity/1": _similarity,
+}

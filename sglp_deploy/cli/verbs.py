@@ -1,0 +1,234 @@
+"""What each verb does: a few lines over the public functions, and the words that go to the user."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from sglp_deploy.cli.console import Console, table
+from sglp_deploy.config import RunConfig
+from sglp_deploy.errors import ArtifactError
+
+EXIT_PARITY = 3
+
+
+def run_plan(arguments: argparse.Namespace, console: Console) -> int:
+    """``plan``: measure the layers and write plan.json."""
+    from sglp_deploy.cli import session
+
+    config = _config(arguments)
+    session.check_output_file(arguments.output)
+    compressor = session.compressor(config, console)
+    plan = session.make_plan(compressor, config, keep_matrix=not arguments.no_matrix)
+    plan.save(arguments.output)
+    from sglp_deploy.cli.show import describe
+
+    console.result(describe(plan.to_json()) + f"\n\nwritten to {arguments.output}", plan.to_json())
+    return 0
+
+
+def run_materialize(arguments: argparse.Namespace, console: Console) -> int:
+    """``materialize``: write the shallower checkpoint."""
+    from sglp_deploy.cli import session
+    from sglp_deploy.plan import PruningPlan
+
+    session.check_output_folder(arguments.output)
+    plan = PruningPlan.load(arguments.plan)
+    compressor = session.plain_compressor(arguments, console)
+    folder = compressor.save(plan, arguments.output)
+    console.result(
+        f"{len(plan.keep)} of {plan.n_layers} layers written to {folder}; loaded back bit for bit",
+        {"path": str(folder), "n_layers": len(plan.keep), "plan_digest": plan.digest()},
+    )
+    return 0
+
+
+def run_export(arguments: argparse.Namespace, console: Console) -> int:
+    """``export``: write an artifact folder."""
+    from sglp_deploy import registry
+    from sglp_deploy.cli import session
+    from sglp_deploy.cli.show import describe
+    from sglp_deploy.plan import PruningPlan
+
+    session.check_output_folder(arguments.output)
+    plan = PruningPlan.load(arguments.plan) if arguments.plan else None
+    registry.exporter(arguments.to)  # an unknown name is refused before the model is loaded
+    compressor = session.plain_compressor(arguments, console)
+    artifact = compressor.export(plan or compressor.keep_all(), arguments.to, arguments.output)
+    console.result(describe(artifact.to_json()) + f"\n\nwritten to {artifact.path}", artifact.to_json())
+    return 0
+
+
+def run_verify(arguments: argparse.Namespace, console: Console) -> int:
+    """``verify``: compare an artifact with its torch model; exit 3 when they differ."""
+    from sglp_deploy.artifact import ExportArtifact
+    from sglp_deploy.cli import session
+    from sglp_deploy.cli.show import describe
+
+    session.check_output_file(arguments.output)
+    artifact = ExportArtifact.load(arguments.artifact)
+    session.use_recorded_model(arguments, artifact)
+    text = session.own_text(arguments.text, max_tokens=8_192)
+    report = session.plain_compressor(arguments, console).verify(artifact, text=text, threads=arguments.threads)
+    if arguments.output:
+        report.save(arguments.output)
+    console.result(describe(report.to_json()), report.to_json())
+    return 0 if report.passed else EXIT_PARITY
+
+
+def run_bench(arguments: argparse.Namespace, console: Console) -> int:
+    """``bench``: time an artifact, paired against another one when it is given."""
+    from sglp_bench.harness import benchmark_pair, run_arms
+    from sglp_bench.workload import Workload
+    from sglp_deploy.artifact import ExportArtifact
+    from sglp_deploy.cli import session
+    from sglp_deploy.cli.show import describe
+
+    session.check_output_file(Path(arguments.output) / "result.json")
+    workload = Workload.named(arguments.workload, device=arguments.device, threads=arguments.threads)
+    candidate = ExportArtifact.load(arguments.artifact)
+
+    def progress(done: int, total: int, text: str) -> None:
+        del text
+        console.progress("bench", done, total)
+
+    if arguments.against is None:
+        result = run_arms({"artifact": candidate}, workload, control=False, out_dir=arguments.output, progress=progress)
+        console.result(describe(result.to_json()), result.to_json())
+        return 0
+    comparison = benchmark_pair(
+        ExportArtifact.load(arguments.against),
+        candidate,
+        workload,
+        out_dir=arguments.output,
+        control=not arguments.no_control,
+        progress=progress,
+    )
+    console.result(describe(comparison.to_json()), comparison.to_json())
+    return 0
+
+
+def run_evaluate(arguments: argparse.Namespace, console: Console) -> int:
+    """``evaluate``: perplexity of one model on text."""
+    from sglp_deploy import _io
+    from sglp_deploy.cli import session
+
+    session.check_output_file(arguments.output)
+    session.settle_connection(console, arguments.model, arguments.text)
+    text = session.held_out_set(arguments.text, max_tokens=arguments.tokens, sequence_length=arguments.chunk)
+    compressor = session.plain_compressor(arguments, console)
+    from sglp_deploy.evaluate import perplexity
+
+    batches = text.encode(compressor.tokenizer)
+    found = perplexity(
+        compressor.model, batches, progress=lambda done, total: console.progress("evaluate", done, total)
+    )
+    value = {
+        "schema": "perplexity/1",
+        "model": compressor.source,
+        "text": text.source,
+        "text_digest": batches.digest,
+        "chunk_tokens": int(batches.input_ids.shape[1]),
+        "n_tokens": int(found.predictions.sum()),
+        **found.to_json(),
+    }
+    if arguments.output:
+        _io.write_json(Path(arguments.output), value)
+    console.result(
+        f"perplexity {found.perplexity:.3f} ({found.nats_per_token:.4f} nats a token) on {value['n_tokens']} tokens of "
+        f"{text.source}, chunks of {value['chunk_tokens']}",
+        value,
+    )
+    return 0
+
+
+def run_report(arguments: argparse.Namespace, console: Console) -> int:
+    """``report``: render what a run folder holds."""
+    from sglp_bench.report import RunReport
+
+    folder = Path(arguments.folder)
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("run.json", "plan.json")):
+        raise ArtifactError(f"{folder} holds neither run.json nor plan.json; it is no run folder; check the path")
+    report = RunReport.from_run_folder(folder)
+    page = report.save(arguments.output or folder / "report")
+    console.result(f"report written to {page}", {"path": str(page)})
+    return 0
+
+
+def run_run(arguments: argparse.Namespace, console: Console) -> int:
+    """``run``: every stage, skipping those whose inputs have not changed."""
+    from sglp_deploy.cli.pipeline import Pipeline
+
+    config = _config(arguments)
+    outcome = Pipeline(config, console, arguments.command).run()
+    console.result(outcome.text, outcome.value)
+    return outcome.exit_code
+
+
+def run_show(arguments: argparse.Namespace, console: Console) -> int:
+    """``show``: any of our files as a table."""
+    from sglp_deploy.cli.show import describe, read
+
+    value = read(Path(arguments.file))
+    console.result(describe(value), value)
+    return 0
+
+
+def run_plugins(arguments: argparse.Namespace, console: Console) -> int:
+    """``plugins``: every exporter and planner, usable or not."""
+    del arguments
+    from sglp_deploy import registry
+    from sglp_deploy.cli.ledger import provider
+    from sglp_deploy.plan import PLANNER_GROUP, planner_names
+
+    lines = [
+        {"kind": "exporter", "name": line.name, "version": line.version, "origin": line.origin, "reason": line.reason}
+        for line in registry.plugins()
+    ]
+    for name in planner_names():
+        origin = provider(PLANNER_GROUP, name)
+        lines.append({"kind": "planner", "name": name, "version": "", "origin": origin, "reason": None})
+    rows = [
+        (
+            line["kind"],
+            line["name"],
+            line["version"],
+            "no" if line["reason"] else "yes",
+            line["reason"] or line["origin"],
+        )
+        for line in lines
+    ]
+    text = table(rows, ("kind", "name", "version", "usable", "from, or why not"))
+    for name in registry.shadowed():
+        text += f"\nleft out: {name} takes the name of a built-in exporter"
+    console.result(text, lines)
+    return 0
+
+
+def run_doctor(arguments: argparse.Namespace, console: Console) -> int:
+    """``doctor``: what works here and what does not."""
+    del arguments
+    from sglp_deploy.cli.doctor import examine
+
+    findings = examine()
+    text = table([(item["state"], item["what"], item["detail"]) for item in findings], ("state", "what", "detail"))
+    console.result(text, findings)
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> RunConfig:
+    """Flags that were given, over ``sglp.toml`` when the model argument is one, over the defaults."""
+    known = {item.name for item in fields(RunConfig)}
+    given: dict[str, Any] = {key: value for key, value in vars(arguments).items() if key in known and value is not None}
+    if isinstance(given.get("to"), str):
+        given["to"] = tuple(part.strip() for part in given["to"].split(",") if part.strip())
+    if str(arguments.model).endswith(".toml"):
+        del given["model"]
+        # A budget flag replaces the file's budget, whatever kind that is.
+        budget = ("drop", "keep", "max_parameters")
+        if any(key in given for key in budget):
+            given = {**dict.fromkeys(budget), **given}
+        return RunConfig.load(arguments.model, **given)
+    return RunConfig(**given)

@@ -1,0 +1,229 @@
+"""What a whole run is asked to do, from ``sglp.toml`` or from flags; read by the command line only.
+
+``sglp.toml`` has one table for each stage::
+
+    [model]
+    path = "models/smollm2"        # checkpoint folder, .gguf file or hub id
+    device = "cpu"
+    dtype = "auto"
+
+    [plan]
+    drop = 6                       # or keep = 24, drop = 0.2, max_parameters = 110_000_000
+    method = "sglp"
+    criterion = "grad-norm"
+    calibration = "calib.txt"      # text, .jsonl, hf:DATASET, or "builtin"
+
+    [export]
+    to = ["onnx", "vllm"]
+
+    [bench]
+    workload = "demo"
+
+    [evaluate]
+    text = "heldout.txt"
+
+    [run]
+    output = "runs/demo"
+    seed = 0
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from sglp_deploy._names import unknown_name
+from sglp_deploy.budget import QUOTAS, Budget
+from sglp_deploy.errors import ConfigError
+from sglp_deploy.importance import CRITERIA
+from sglp_deploy.plan import PLANNERS, planner_names
+from sglp_deploy.similarity import ESTIMATORS
+
+DTYPES = ("fp32", "fp16", "bf16")
+
+# Table -> key in the file -> field of RunConfig.
+_TABLES: dict[str, dict[str, str]] = {
+    "model": {
+        "path": "model",
+        "device": "device",
+        "dtype": "dtype",
+        "threads": "threads",
+        "trust_remote_code": "trust_remote_code",
+        "allow_pickle": "allow_pickle",
+    },
+    "plan": {
+        "drop": "drop",
+        "keep": "keep",
+        "max_parameters": "max_parameters",
+        "method": "method",
+        "criterion": "criterion",
+        "segments": "n_segments",
+        "profile": "profile",
+        "estimator": "estimator",
+        "quota": "quota",
+        "calibration": "calibration",
+        "calibration_tokens": "calibration_tokens",
+        "sequence_length": "sequence_length",
+        "batch_size": "batch_size",
+        "rows": "rows",
+        "skip_positions": "skip_positions",
+    },
+    "export": {"to": "to"},
+    "bench": {"workload": "workload"},
+    "evaluate": {"text": "text", "tokens": "evaluation_tokens", "chunk": "evaluation_chunk"},
+    "run": {"output": "output", "seed": "seed"},
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run needs; each field is a flag of the command line and a key of ``sglp.toml``."""
+
+    model: str = ""
+    output: str = "runs/run"
+    device: str = "cpu"
+    dtype: str = "auto"
+    threads: int | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    drop: int | float | None = None
+    keep: int | None = None
+    max_parameters: int | None = None
+    method: str = "sglp"
+    criterion: str = "grad-norm"
+    n_segments: int | None = None
+    profile: str = "row_sum"
+    estimator: str = "unbiased"
+    quota: str = "proportional"
+    calibration: str | None = None
+    calibration_tokens: int = 16_384
+    sequence_length: int = 256
+    batch_size: int = 4
+    rows: str = "rms"
+    skip_positions: int = 1
+    to: tuple[str, ...] = ("onnx",)
+    workload: str = "demo"
+    text: str | None = None
+    evaluation_tokens: int = 16_384
+    evaluation_chunk: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not self.model:
+            faults.append("no model is given; there is nothing to prune; pass MODEL or set path under [model]")
+        try:
+            Budget.parse(drop=self.drop, keep=self.keep, max_parameters=self.max_parameters)
+        except ConfigError as error:
+            faults += error.faults
+        if not self.to:
+            faults.append("no export format is given; nothing would be deployed; pass --to onnx")
+        for name, choices in _choices(self.method).items():
+            value = getattr(self, name)
+            if value not in choices:
+                faults += unknown_name(name, value, choices).faults
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                faults.append(f"{name}={value} is too small; nothing could be computed; pass {least} or more")
+        if faults:
+            raise ConfigError(faults)
+
+    @classmethod
+    def load(cls, path: str | Path, **changes: Any) -> RunConfig:
+        """Read ``sglp.toml``; ``changes`` (fields given as flags) win over the file.
+
+        Raises:
+            ConfigError: If the file is missing or malformed, or a table, key or type is wrong; all faults are listed.
+        """
+        file = Path(path)
+        try:
+            tables = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be read; {error.strerror}; check the path") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} is not TOML; {error}; correct that line") from error
+        found, faults = _fields(tables, file)
+        try:
+            config = cls(**{**found, **changes})
+        except ConfigError as error:
+            faults += error.faults
+        if faults:
+            raise ConfigError(faults)
+        return config
+
+
+# Least value of each number; a budget's range depends on the model and is checked with it.
+_LEAST = {
+    "threads": 1,
+    "n_segments": 1,
+    "calibration_tokens": 8,
+    "sequence_length": 8,
+    "batch_size": 1,
+    "skip_positions": 0,
+    "evaluation_tokens": 8,
+    "evaluation_chunk": 8,
+    "seed": 0,
+}
+
+_WORDS = {
+    "str": "text",
+    "int": "a whole number",
+    "bool": "true or false",
+    "int | float": "a number",
+    "tuple[str, ...]": "a list of texts",
+}
+
+
+def _choices(method: str) -> dict[str, Collection[str]]:
+    choices: dict[str, Collection[str]] = {
+        "dtype": ("auto", *DTYPES),
+        "method": planner_names(),
+        "profile": ("row_sum", "rows"),
+        "estimator": ESTIMATORS,
+        "quota": QUOTAS,
+        "rows": ("rms", "raw"),
+    }
+    # A third party's planner may rank by a score of its own.
+    return choices | ({"criterion": CRITERIA} if method in PLANNERS else {})
+
+
+def _fields(tables: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], list[str]]:
+    """What the file sets, by field, and what is wrong with it."""
+    faults: list[str] = []
+    found: dict[str, Any] = {}
+    types = {item.name: str(item.type) for item in fields(RunConfig)}
+    for table, content in tables.items():
+        known = _TABLES.get(table)
+        if known is None or not isinstance(content, dict):
+            faults.append(
+                f"{file}: {table!r} is not a table of sglp.toml; nothing reads it; the tables are {', '.join(_TABLES)}"
+            )
+            continue
+        for key, value in content.items():
+            if key not in known:
+                near = get_close_matches(key, known, n=1)
+                advice = f"did you mean {near[0]!r}? its" if near else "its"
+                faults.append(
+                    f"{file}: [{table}] has no key {key!r}; nothing reads it; {advice} keys are {', '.join(known)}"
+                )
+            elif not _fits(value, types[known[key]]):
+                wanted = types[known[key]].removesuffix(" | None")
+                faults.append(
+                    f"{file}: [{table}] {key} = {value!r} is of the wrong kind; {_WORDS[wanted]} is read; change it"
+                )
+            else:
+                found[known[key]] = tuple(value) if isinstance(value, list) else value
+    return found, faults
+
+
+def _fits(value: Any, declared: str) -> bool:
+    if isinstance(value, bool):
+        return declared == "bool"
+    if isinstance(value, list):
+        return declared.startswith("tuple") and all(isinstance(item, str) for item in value)
+    return type(value).__name__ in declared.split(" | ")

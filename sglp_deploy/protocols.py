@@ -1,0 +1,96 @@
+"""The two seams others implement: an Exporter turns a model into an artifact, a Runner executes one.
+
+Why protocols and not base classes: a third party's class needs no import from us, and nothing here can grow behaviour
+that a plugin silently inherits.  Changing a signature in this file breaks every plugin; think twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from sglp_deploy.artifact import ExportArtifact
+    from sglp_deploy.materialize import CompressedModel
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """Something that executes a model; a context manager that owns its device between enter and exit."""
+
+    def __enter__(self) -> Runner:
+        """Load the model and make it ready to run."""
+        ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Release the model and the device."""
+        ...
+
+    def forward(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run the graph once on named arrays."""
+        ...
+
+    def synchronize(self) -> None:
+        """Return when every result asked for so far exists; a no-op where calls block."""
+        ...
+
+
+@runtime_checkable
+class GeneratingRunner(Runner, Protocol):
+    """A Runner that can also hold a key-value cache and decode token by token."""
+
+    def prefill(
+        self,
+        input_ids: NDArray[np.int64],
+        attention_mask: NDArray[np.int64] | None = None,
+        *,
+        all_positions: bool = False,
+    ) -> NDArray[np.float32]:
+        """Start a sequence: empty the cache, run the prompt, fill the cache.
+
+        Args:
+            input_ids: Prompt tokens, shape (batch, seq); shorter prompts are padded on the left.
+            attention_mask: 1 for a token, 0 for padding, shape (batch, seq); all ones when omitted.
+            all_positions: Return the logits of every position and not only the last.
+
+        Returns:
+            Logits, shape (batch, vocab), or (batch, seq, vocab) with ``all_positions``.
+        """
+        ...
+
+    def decode(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append one token to every sequence and run it through the cache.
+
+        Args:
+            token_ids: shape (batch,).
+
+        Returns:
+            Logits for the next token, shape (batch, vocab).
+        """
+        ...
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """Turns a pruned model into an artifact and opens such artifacts again.
+
+    ``open`` accepts at least the keyword options ``device`` ("cpu", "cuda", "cuda:1") and ``threads`` (int or None).
+    """
+
+    name: str
+    requires: tuple[str, ...]
+
+    def export(self, model: CompressedModel, out_dir: Path, **options: Any) -> ExportArtifact:
+        """Write an artifact folder for ``model``; atomic, so ``out_dir`` is complete or untouched."""
+        ...
+
+    def open(self, artifact: ExportArtifact, **options: Any) -> Runner:
+        """A Runner for ``artifact``; nothing is loaded before the Runner is entered."""
+        ...

@@ -1,0 +1,120 @@
+"""What one streaming pass over the calibration text leaves behind: everything a planner needs, none of it per token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sglp_deploy.errors import ArtifactError, CalibrationError
+
+_MATRICES = ("hsic_unbiased", "hsic_biased", "cka_batch_mean")
+_VECTORS = ("cosine", "grad_l2", "grad_weight_sum", "grad_output", "taylor")
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Sums over the calibration set, per layer or per pair of layers.
+
+    L layers; layer ``l`` maps the residual stream ``h_l`` to ``h_{l+1}``; a layer's representation is its output.
+
+    Attributes:
+        layer_names: Qualified module names, in order (L).
+        prunable: Whether the layer may be removed (L).
+        parameters: Parameters in each layer (L), int64.
+        other_parameters: Parameters outside the layers, tied ones counted once.
+        hsic_unbiased: Unbiased linear HSIC (Song et al. 2012) summed over minibatches (L, L).
+        hsic_biased: Biased linear HSIC summed over minibatches (L, L).
+        cka_batch_mean: Mean over minibatches of the unbiased CKA of each (L, L), as the ancestor code of SGLP does.
+        cosine: Mean over tokens of cos(h_l, h_{l+1}) (L); Block Influence is one minus this.
+        grad_l2: Mean over minibatches of the L2 norm of the loss gradient in all parameters of the layer (L).
+        grad_weight_sum: Mean over minibatches of the sum, over the layer's weight matrices, of each one's gradient
+            norm (L); biases and norms excluded.
+        grad_output: Mean over minibatches of the Frobenius norm of the loss gradient in the layer's output (L).
+        taylor: Mean over minibatches of sum |w * dloss/dw| over the layer's parameters (L).
+        loss: Mean causal language-model loss on the calibration set, nats per token.
+        n_samples: Sequences seen.
+        n_tokens: Tokens seen, padding excluded.
+        n_rows: Rows that entered the similarity, over all minibatches.
+        options: How rows were made: ``rows`` ("rms" or "raw"), ``skip_positions``, ``rows_per_batch``, ``seed``.
+        elapsed_s: Wall time of the pass.
+    """
+
+    layer_names: tuple[str, ...]
+    prunable: tuple[bool, ...]
+    parameters: NDArray[np.int64]
+    other_parameters: int
+    hsic_unbiased: NDArray[np.float64]
+    hsic_biased: NDArray[np.float64]
+    cka_batch_mean: NDArray[np.float64]
+    cosine: NDArray[np.float64]
+    grad_l2: NDArray[np.float64]
+    grad_weight_sum: NDArray[np.float64]
+    grad_output: NDArray[np.float64]
+    taylor: NDArray[np.float64]
+    loss: float
+    n_samples: int
+    n_tokens: int
+    n_rows: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    elapsed_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        n_layers = len(self.layer_names)
+        for name in ("prunable", "parameters", *_VECTORS):
+            if np.shape(getattr(self, name)) != (n_layers,):
+                raise ValueError(f"{name} has shape {np.shape(getattr(self, name))}, expected {(n_layers,)}")
+        for name in _MATRICES:
+            value = getattr(self, name)
+            if value.shape != (n_layers, n_layers):
+                raise ValueError(f"{name} has shape {value.shape}, expected {(n_layers, n_layers)}")
+            if not np.allclose(value, value.T, rtol=1e-6, atol=1e-12, equal_nan=True):
+                raise ValueError(f"{name} is not symmetric")
+        for name in (*_MATRICES, *_VECTORS):
+            value = getattr(self, name)
+            bad = ~np.isfinite(value)
+            if bad.any():
+                layer = int(np.argwhere(bad)[0][-1])
+                raise CalibrationError(
+                    f"{name} of layer {layer} ({self.layer_names[layer]}) is not finite; the weights or activations "
+                    "hold NaN or overflow; check the checkpoint, or calibrate in float32"
+                )
+
+    @property
+    def n_layers(self) -> int:
+        """L, the number of layers."""
+        return len(self.layer_names)
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field as JSON values, without a schema (a run folder caches it beside the plan)."""
+        return {
+            item.name: value.tolist() if isinstance(value := getattr(self, item.name), np.ndarray) else value
+            for item in fields(self)
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LayerStats:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            ArtifactError: If a field is missing, mistyped or of the wrong length.
+            CalibrationError: If a value is not finite.
+        """
+        try:
+            facts: dict[str, Any] = {
+                name: np.asarray(value[name], dtype=np.float64) for name in (*_MATRICES, *_VECTORS)
+            }
+            facts |= {name: int(value[name]) for name in ("other_parameters", "n_samples", "n_tokens", "n_rows")}
+            facts |= {name: float(value[name]) for name in ("loss", "elapsed_s")}
+            facts["layer_names"] = tuple(map(str, value["layer_names"]))
+            facts["prunable"] = tuple(map(bool, value["prunable"]))
+            facts["parameters"] = np.asarray(value["parameters"], dtype=np.int64)
+            facts["options"] = dict(value["options"])
+            return cls(**facts)
+        except KeyError as error:
+            raise ArtifactError(f"the statistics lack {error}; the file is not complete; calibrate again") from error
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"a field of the statistics is wrong; {error}; calibrate again") from error

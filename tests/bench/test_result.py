@@ -1,0 +1,104 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench_results import WORK, planted_result
+from sglp_bench.result import TIME_METRICS, BenchmarkResult
+from sglp_bench.timing import BlockSamples, WarmUp
+from sglp_bench.workload import Workload
+from sglp_deploy.errors import ArtifactError, BenchmarkError
+
+
+def with_samples(**changes: Any) -> BenchmarkResult:
+    result = planted_result()
+    arm = result.arm("candidate")
+    block = arm.blocks[2]
+    broken = replace(block, samples=replace(block.samples, **changes))
+    blocks = (*arm.blocks[:2], broken, *arm.blocks[3:])
+    return replace(result, arms={**result.arms, "candidate": replace(arm, blocks=blocks)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0, "0.3"])
+def test_a_time_that_cannot_be_true_is_refused(value: object) -> None:
+    with pytest.raises(BenchmarkError, match=r"arm 'candidate', block \d+: prefill_s holds .* the clock or the runner"):
+        with_samples(prefill_s=(0.3, 0.3, value, 0.3, 0.3))
+    with pytest.raises(BenchmarkError, match="decode_s holds"):
+        with_samples(decode_s=((*(0.1,) * 7, value), (0.1,) * 8, (0.1,) * 8))
+
+
+def test_missing_samples_are_refused() -> None:
+    with pytest.raises(BenchmarkError, match=r"4 prefills and decodes of \[8, 8, 8\] steps were recorded, .* 5 and"):
+        with_samples(prefill_s=(0.3,) * 4)
+    with pytest.raises(BenchmarkError, match=r"decodes of \[8, 7, 8\] steps"):
+        with_samples(decode_s=((0.1,) * 8, (0.1,) * 7, (0.1,) * 8))
+
+
+def test_an_arm_without_blocks_and_an_unknown_label_are_refused() -> None:
+    result = planted_result()
+    with pytest.raises(BenchmarkError, match="arm 'candidate' has no blocks"):
+        replace(result, arms={**result.arms, "candidate": replace(result.arm("candidate"), blocks=())})
+    with pytest.raises(
+        BenchmarkError, match="no arm is labelled 'other'; this result has baseline, candidate, control"
+    ):
+        result.arm("other")
+    with pytest.raises(BenchmarkError, match="no arm is labelled 'gone'"):
+        replace(result, control="gone")
+
+
+def test_candidates_are_the_arms_that_are_neither_baseline_nor_control() -> None:
+    assert planted_result({"a": 1.1, "b": 1.2}).candidates == ["a", "b"]
+
+
+def test_the_file_has_this_shape(tmp_path: Path) -> None:
+    planted_result().save(tmp_path / "result.json")
+    value = json.loads((tmp_path / "result.json").read_text())
+    assert value["schema"] == "result/1"
+    assert set(value) == {
+        "schema", "workload", "workload_digest", "baseline", "control", "vocab_size", "environment", "arms",
+    }  # fmt: skip
+    block = value["arms"]["candidate"]["blocks"][0]
+    assert set(block) == {"index", "cycle", "half", "load_s", "warm_up", "samples", "conditions"}
+    assert set(block["samples"]) == {"prefill_s", "decode_s"}
+    assert block["warm_up"] == {"prefill_s": [0.4], "decode_s": [[0.1]], "settled": True}
+    assert value["arms"]["baseline"]["memory"]["host_peak"]["probe"] == "VmHWM"
+
+
+def test_a_result_survives_its_file(tmp_path: Path) -> None:
+    result = planted_result()
+    result.save(tmp_path / "result.json")
+    assert BenchmarkResult.load(tmp_path / "result.json") == result
+
+
+def test_an_incomplete_file_and_another_schema_are_refused(tmp_path: Path) -> None:
+    value = planted_result().to_json()
+    del value["arms"]["candidate"]["blocks"][0]["samples"]
+    with pytest.raises(ArtifactError, match=r"the result lacks or mistypes a field; KeyError\('samples'\)"):
+        BenchmarkResult.from_json(value)
+    (tmp_path / "result.json").write_text('{"schema": "result/9"}')
+    with pytest.raises(ArtifactError, match=r"schema 'result/9'; this version reads 'result/1'"):
+        BenchmarkResult.load(tmp_path / "result.json")
+
+
+def test_metrics_of_a_block_worked_by_hand() -> None:
+    work = Workload("hand", batch_size=2, prompt_tokens=10, decode_tokens=3, prefill_repeats=2, decode_repeats=2)
+    samples = BlockSamples((0.5, 0.25), ((0.1, 0.2, 0.6), (0.1, 0.1, 0.2)), WarmUp((), (), True))
+
+    def values(metric: str) -> list[float]:
+        return list(TIME_METRICS[metric].iterations(samples, work))
+
+    assert values("prefill_latency_s") == [0.5, 0.25]
+    assert values("prefill_throughput_tokens_per_s") == [40.0, 80.0]  # 2 * 10 tokens
+    assert values("decode_latency_s_per_token") == [0.2, 0.1]
+    assert values("decode_throughput_tokens_per_s") == pytest.approx([2 * 3 / 0.9, 2 * 3 / 0.4])
+    raw = TIME_METRICS["decode_latency_s_per_token"].raw
+    assert raw is not None
+    np.testing.assert_array_equal(raw(samples), [0.1, 0.2, 0.6, 0.1, 0.1, 0.2])
+
+
+def test_the_planted_results_use_the_workload_they_name() -> None:
+    assert planted_result().workload == WORK
+    assert len(planted_result().arm("baseline").blocks) == 2 * WORK.cycles

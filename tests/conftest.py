@@ -1,0 +1,33 @@
+"""Fixtures every test may use; the factories themselves are in ``tiny.py``."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test may need a connection
+
+
+# pytest attaches its log capture to every logger that does not propagate; on this one it makes torch record each step
+# of a trace, which then takes half as long again.
+logging.getLogger("torch.__trace").propagate = True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny models are slower on many threads than on one, and parallel test runs fight over the cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where there is none."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)

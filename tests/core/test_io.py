@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from sglp_deploy import _io
+from sglp_deploy.errors import ArtifactError, StorageError
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_canonical_json_has_one_spelling() -> None:
+    assert _io.canonical_json({"b": [1, 2.5], "a": "ü"}) == '{"a":"ü","b":[1,2.5]}'
+    assert _io.sha256_json({"b": 1, "a": 2}) == _io.sha256_json({"a": 2, "b": 1})
+    with pytest.raises(ValueError, match=r"Out of range float values"):
+        _io.canonical_json(float("nan"))
+
+
+def test_the_digest_of_a_file_is_sha256_of_its_bytes(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 5000  # more than one piece
+    (tmp_path / "a").write_bytes(data)
+    assert _io.sha256_file(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_file_is_written_whole_readable_and_alone(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "er" / "a.json"
+    _io.write_json(file, {"name": "ü"})
+    assert json.loads(file.read_text(encoding="utf-8")) == {"name": "ü"}
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
+    assert _names(file.parent) == ["a.json"]
+
+
+def test_nan_is_refused_and_the_old_file_stays(tmp_path: Path) -> None:
+    _io.write_json(tmp_path / "a.json", 1)
+    with pytest.raises(ValueError, match=r"Out of range"):
+        _io.write_json(tmp_path / "a.json", float("inf"))
+    assert (tmp_path / "a.json").read_text() == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, "no space left on the device; free some space and run the same command again"),
+        (errno.EDQUOT, "no space left on the device; free some space and run the same command again"),
+        (errno.EACCES, "Permission denied; check the folder's permissions and run the same command again"),
+        (errno.EROFS, "Read-only file system; check the folder's permissions and run the same command again"),
+    ],
+)
+def test_a_refused_write_is_explained_and_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str
+) -> None:
+    file = tmp_path / "a.txt"
+    _io.write_text(file, "old")
+
+    def refuse(_handle: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StorageError) as caught:
+        _io.write_text(file, "new")
+    assert str(caught.value) == f"cannot write {file}; {message}"
+    assert isinstance(caught.value.__cause__, OSError)
+    assert file.read_text() == "old"
+    assert _names(tmp_path) == ["a.txt"]
+
+
+def test_a_full_disk_reported_in_a_librarys_own_words_is_recognised(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"no space left on the device"), _io.storage_errors(tmp_path):
+        raise RuntimeError('Error while serializing: IoError(Os { code: 28, message: "No space left on device" })')
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug of ours"), FileNotFoundError(errno.ENOENT, "gone")])
+def test_other_errors_pass_unchanged(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, _io.storage_errors(tmp_path):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"a\.json does not exist; a plan file was expected there; check the path"),
+        ("{", r"a\.json cannot be read as a plan file; .*; make it again"),
+        ("[]", r"a\.json has schema None; this version reads 'plan/1'; make the file again"),
+        ('{"schema": "plan/2"}', r"has schema 'plan/2'; this version reads 'plan/1'"),
+        ('{"schema": "artifact/1"}', r"has schema 'artifact/1'; this version reads 'plan/1'"),
+    ],
+)
+def test_a_file_of_ours_that_is_not_one_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ArtifactError, match=message):
+        _io.read_json(tmp_path / "a.json", "plan")
+
+
+def test_a_file_of_ours_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"schema": "plan/1", "x": 1}')
+    assert _io.read_json(tmp_path / "a.json", "plan") == {"schema": "plan/1", "x": 1}
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "link/x"])
+def test_a_name_may_not_leave_its_folder(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link").symlink_to(tmp_path)
+    with pytest.raises(ArtifactError, match=rf"'{name}' points outside .*; a file name may not leave its folder"):
+        _io.inside(root, name)
+    assert _io.inside(root, "a/b") == (root / "a" / "b").resolve()
+
+
+def test_a_staged_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
+    final = tmp_path / "deep" / "out"
+    with _io.staged_directory(final) as folder:
+        (folder / "a").write_text("1")
+        assert not final.exists()
+    assert _names(final) == ["a"]
+    assert stat.S_IMODE(final.stat().st_mode) == 0o755
+    assert _names(final.parent) == ["out"]
+
+
+def test_a_staged_folder_replaces_an_older_one_as_a_whole(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    final.mkdir()
+    (final / "old").write_text("1")
+    with _io.staged_directory(final) as folder:
+        (folder / "new").write_text("2")
+        assert _names(final) == ["old"]
+    assert _names(final) == ["new"]
+    assert _names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), ValueError("bug")])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failure_leaves_no_half_folder_and_the_old_one_whole(
+    tmp_path: Path, error: BaseException, existing: bool
+) -> None:
+    final = tmp_path / "out"
+    if existing:
+        final.mkdir()
+        (final / "old").write_text("1")
+
+    def fill() -> None:
+        with _io.staged_directory(final) as folder:
+            (folder / "half").write_text("2")
+            raise error
+
+    with pytest.raises((KeyboardInterrupt, StorageError, ValueError)):
+        fill()
+    assert _names(tmp_path) == (["out"] if existing else [])
+    assert not existing or _names(final) == ["old"]
