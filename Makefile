@@ -29,6 +29,8 @@ help:
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	@command -v nvidia-smi >/dev/null 2>&1 || test -n "$(TORCH_PIP)" || \
+	  echo "no GPU found: where pip offers only the CUDA build of torch it is several GB; README, Install, has the smaller one"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH_PIP) "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@

@@ -148,7 +148,11 @@ def staged_directory(final: Path) -> Iterator[Path]:
             if final.exists():
                 outgoing = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".old"))
                 os.replace(final, outgoing / final.name)
-                os.replace(staging, final)
+                try:
+                    os.replace(staging, final)
+                except BaseException:
+                    os.replace(outgoing / final.name, final)
+                    raise
                 shutil.rmtree(outgoing, ignore_errors=True)
             else:
                 os.replace(staging, final)

@@ -13,6 +13,7 @@ from sglp_deploy import _io
 from sglp_deploy.errors import ArtifactError
 
 MANIFEST = "manifest.json"
+PLAN_FILE = "sglp_plan.json"
 SCHEMA = "artifact/1"  # history: 1 = first
 
 
@@ -135,7 +136,7 @@ class ExportArtifact:
                 producer=value["producer"],
                 details=value["details"],
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ArtifactError(f"{root / MANIFEST} lacks or mistypes a field; {error}; export it again") from error
         for name, record in artifact.files.items():
             file = _io.inside(root, name)

@@ -144,10 +144,10 @@ class CalibrationSet:
             import datasets
         except ImportError:
             raise ConfigError(
-                f"dataset {name!r} needs the datasets package; it is not installed; pip install 'sglp-deploy[data]'"
+                f"dataset {name!r} needs the datasets package; it is not installed; pip install datasets"
             ) from None
         repository, _, configuration = name.partition(":")
-        wanted = cls.builtin(**options).max_tokens * 8  # characters: ample for any tokenizer
+        wanted = options.get("max_tokens", cls.max_tokens) * 8  # characters: ample for any tokenizer
         documents: list[str] = []
         characters = 0
         try:

@@ -90,6 +90,7 @@ def collect_layer_stats(
     _check_tokens(model, batches)
     sums = _Sums(stack.n_layers)
     generator = torch.Generator().manual_seed(seed)
+    scale = _loss_scale(model)
     started = time.perf_counter()
     with _collecting(model, stack) as probe:
         for done, (ids, mask) in enumerate(batches):
@@ -97,8 +98,8 @@ def collect_layer_stats(
             input_ids = torch.from_numpy(ids).to(device)
             attention = torch.from_numpy(mask).to(device)
             probe.begin(attention, _draw_rows(mask, skip_positions, rows_per_batch, generator), rows)
-            _forward_backward(model, input_ids, attention, sums)
-            probe.end(sums)
+            _forward_backward(model, input_ids, attention, sums, scale)
+            probe.end(sums, scale)
             sums.n_batches += 1
             sums.n_tokens += int(mask.sum())
             if progress is not None:
@@ -169,7 +170,12 @@ def _draw_rows(mask: np.ndarray, skip_positions: int, rows_per_batch: int, gener
     return valid[chosen.sort().values]
 
 
-def _forward_backward(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, sums: _Sums) -> None:
+def _loss_scale(model: PreTrainedModel) -> float:
+    """Factor on the loss that keeps float16 gradients of a mean loss from flushing to zero; undone in the sums."""
+    return 4096.0 if model.dtype == torch.float16 else 1.0
+
+
+def _forward_backward(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, sums: _Sums, scale: float) -> None:
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # the model's own numbering would count padding on the left
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     # Padding neither is predicted nor predicts: on the left, its last position would guess the first real token.
@@ -183,7 +189,7 @@ def _forward_backward(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Ten
             f"the loss on the calibration text is {loss.item()}; the weights hold NaN or Inf, or activations overflow; "
             "check the checkpoint, or run in float32"
         )
-    loss.backward()  # type: ignore[no-untyped-call]  # torch types backward only partly
+    (loss * scale).backward()  # type: ignore[no-untyped-call]  # torch types backward only partly
     sums.loss += float(loss.detach()) * predictions
     sums.n_predictions += predictions
 
@@ -194,7 +200,7 @@ class _Probe:
     def __init__(self, stack: LayerStack) -> None:
         self._stack = stack
         self._grams: list[torch.Tensor | None] = []
-        self._eps = torch.finfo(next(stack.layers[0].parameters()).dtype).eps
+        self._eps = torch.finfo(torch.float32).eps  # equal tokens give bit-equal rows in any shorter type
         self._handles: list[Any] = []
         for index, layer in enumerate(stack.layers):
             self._handles.append(layer.register_forward_pre_hook(self._entered(), with_kwargs=True))
@@ -261,13 +267,13 @@ class _Probe:
 
         return hook
 
-    def end(self, sums: _Sums) -> None:
-        """Fold this minibatch into ``sums``."""
+    def end(self, sums: _Sums, scale: float) -> None:
+        """Fold this minibatch into ``sums``; gradients are those of ``scale`` times the loss."""
         sums.vectors["cosine"] += _numbers(self._cosine)
-        sums.vectors["grad_l2"] += np.sqrt(_numbers(self._square_sum))
-        sums.vectors["grad_weight_sum"] += _numbers(self._weight_sum)
-        sums.vectors["grad_output"] += _numbers(self._output)
-        sums.vectors["taylor"] += _numbers(self._taylor)
+        sums.vectors["grad_l2"] += np.sqrt(_numbers(self._square_sum)) / scale
+        sums.vectors["grad_weight_sum"] += _numbers(self._weight_sum) / scale
+        sums.vectors["grad_output"] += _numbers(self._output) / scale
+        sums.vectors["taylor"] += _numbers(self._taylor) / scale
         if any(gram is None for gram in self._grams):
             return
         grams = torch.stack([gram for gram in self._grams if gram is not None]).cpu().numpy()

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from sglp_deploy import materialize as materializing
 from sglp_deploy import registry
 from sglp_deploy._names import unknown_name
-from sglp_deploy.adapters import LoadedModel, layer_stack, load_model
-from sglp_deploy.artifact import ExportArtifact
+from sglp_deploy.adapters import LoadedModel, layer_stack, load_model, precision
+from sglp_deploy.artifact import PLAN_FILE, ExportArtifact
 from sglp_deploy.calibration import CalibrationSet, TokenBatches
 from sglp_deploy.collect import collect_layer_stats
 from sglp_deploy.errors import ConfigError, PlanError
@@ -91,6 +91,11 @@ class Compressor:
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Its tokenizer, if it has one."""
         return self._loaded.tokenizer
+
+    @property
+    def precision(self) -> str:
+        """Element type of the weights: "fp32", "fp16" or "bf16"."""
+        return precision(self.model)
 
     @property
     def source(self) -> dict[str, Any]:
@@ -196,7 +201,7 @@ class Compressor:
             PlanError: If the artifact belongs to another model or plan.
             ConfigError: If its runner cannot generate.
         """
-        plan = plan or PruningPlan.load(artifact.path / materializing.PLAN_FILE)
+        plan = plan or PruningPlan.load(artifact.path / PLAN_FILE)
         if plan.digest() != artifact.plan_digest:
             raise PlanError(
                 f"the artifact in {artifact.path} was made by another plan ({artifact.plan_digest[:12]}, not "
@@ -208,14 +213,19 @@ class Compressor:
             raise ConfigError(
                 f"the {artifact.format} runner cannot generate; decoder parity needs prefill and decode; add them"
             )
+        window = _window(pruned.module)
+        described = f"PyTorch, {pruned.n_layers} layers, {self.precision}"
+        if window is not None and window > _LONGEST_WINDOW_CHECKED:
+            described += f"; not compared beyond its sliding window of {window} tokens"
+            window = None
         with TorchRunner(pruned.module, threads=threads) as reference, runner:
             return check_parity(
                 artifact,
                 runner,
                 reference,
-                prompt_cases(self._prompt_tokens(text), window=_window(pruned.module)),
+                prompt_cases(self._prompt_tokens(text), window=window),
                 runner_name=str(artifact.details.get("runner", type(runner).__name__)),
-                reference_name=f"PyTorch, {pruned.n_layers} layers, {str(self.model.dtype).removeprefix('torch.')}",
+                reference_name=described,
                 progress=self._stage("verify"),
             )
 
@@ -272,7 +282,7 @@ class Compressor:
 
 
 def _window(model: PreTrainedModel) -> int | None:
-    """The sliding window, if any layer has one that is short enough to go beyond."""
+    """The sliding window, if any layer has one."""
     window = getattr(model.config, "sliding_window", None)
     slides = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
-    return window if slides and isinstance(window, int) and window <= _LONGEST_WINDOW_CHECKED else None
+    return window if slides and isinstance(window, int) else None

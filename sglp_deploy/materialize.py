@@ -13,13 +13,12 @@ import torch
 
 from sglp_deploy import _io
 from sglp_deploy.adapters import LayerStack, ModelSource, layer_stack, pruned_config, quiet_libraries
+from sglp_deploy.artifact import PLAN_FILE
 from sglp_deploy.errors import ArtifactError, UnsupportedModelError
 from sglp_deploy.plan import PruningPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-PLAN_FILE = "sglp_plan.json"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from sglp_deploy._names import unknown_name
+from sglp_deploy.errors import ConfigError
+
 if TYPE_CHECKING:
     from sglp_deploy.artifact import ExportArtifact
     from sglp_deploy.materialize import CompressedModel
@@ -94,3 +97,23 @@ class Exporter(Protocol):
     def open(self, artifact: ExportArtifact, **options: Any) -> Runner:
         """A Runner for ``artifact``; nothing is loaded before the Runner is entered."""
         ...
+
+
+_OPEN_OPTIONS = ("device", "threads")
+
+
+def check_open_options(exporter: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an exporter's ``open``, refused when one is not among those every exporter takes.
+
+    Raises:
+        ConfigError: If an option is unknown, or ``threads`` is not a positive number.
+    """
+    for name in options:
+        if name not in _OPEN_OPTIONS:
+            raise unknown_name(f"option of a runner for {exporter!r}", name, _OPEN_OPTIONS)
+    threads = options.get("threads")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ConfigError(
+            f"threads={threads!r} is not a positive whole number; it counts threads; pass threads=1 or more"
+        )
+    return dict(options)

@@ -10,31 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sglp_deploy._names import unknown_name
-from sglp_deploy.errors import BackendError, ConfigError
+from sglp_deploy.errors import BackendError
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
-
-
-_OPEN_OPTIONS = ("device", "threads")
-
-
-def check_open_options(exporter: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of an exporter's ``open``, refused when one is not among those every exporter takes.
-
-    Raises:
-        ConfigError: If an option is unknown, or ``threads`` is not a positive number.
-    """
-    for name in options:
-        if name not in _OPEN_OPTIONS:
-            raise unknown_name(f"option of a runner for {exporter!r}", name, _OPEN_OPTIONS)
-    threads = options.get("threads")
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise ConfigError(
-            f"threads={threads!r} is not a positive whole number; it counts threads; pass threads=1 or more"
-        )
-    return dict(options)
 
 
 class TorchRunner:

@@ -156,12 +156,21 @@ def _gpus() -> tuple[list[str] | None, str | None]:
         return None, None
 
 
+def nvml_handle(pynvml: Any, index: int) -> Any:
+    """NVML's handle for the CUDA device ``index``: NVML ignores ``CUDA_VISIBLE_DEVICES``, which renumbers them."""
+    visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    if not visible:
+        return pynvml.nvmlDeviceGetHandleByIndex(index)
+    entry = visible[index]
+    return pynvml.nvmlDeviceGetHandleByIndex(int(entry)) if entry.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(entry)
+
+
 def _gpu_conditions(index: int) -> dict[str, Any] | None:
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        handle = nvml_handle(pynvml, index)
         return {
             "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
             "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),

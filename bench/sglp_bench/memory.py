@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sglp_bench.environment import nvml_handle
+
 _PROC = Path("/proc")
 
 
@@ -128,10 +130,10 @@ def _nvml_process_used(index: int) -> MemoryReading:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        handle = nvml_handle(pynvml, index)
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except ImportError:
-        return MemoryReading(probe, None, "needs sglp-deploy[gpu]")
+        return MemoryReading(probe, None, "needs nvidia-ml-py")
     except Exception as error:  # noqa: BLE001 - NVML's own exception type exists only once it is imported
         return MemoryReading(probe, None, f"NVML refused: {error}")
     ours = {os.getpid(), *_descendants()}

@@ -40,7 +40,7 @@ _NAMED: dict[str, dict[str, int]] = {
         "warmup_max": 6,
         "prefill_repeats": 5,
         "decode_repeats": 3,
-        "cycles": 3,
+        "cycles": 4,
     },
     "decode-small": {
         "prompt_tokens": 64,

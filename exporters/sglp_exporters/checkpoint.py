@@ -16,7 +16,8 @@ from sglp_deploy.adapters import precision, quiet_libraries
 from sglp_deploy.artifact import ExportArtifact, producer_versions, write_manifest
 from sglp_deploy.errors import BackendError, ConfigError
 from sglp_deploy.materialize import CompressedModel, write_checkpoint_files
-from sglp_deploy.reference import TorchRunner, check_open_options
+from sglp_deploy.protocols import check_open_options
+from sglp_deploy.reference import TorchRunner
 
 
 class _CheckpointRunner(TorchRunner):

@@ -17,16 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglp_deploy import _io
-from sglp_deploy.adapters import precision
-from sglp_deploy.artifact import ExportArtifact, TensorSpec, producer_versions, write_manifest
+from sglp_deploy.artifact import PLAN_FILE, ExportArtifact, TensorSpec, producer_versions, write_manifest
 from sglp_deploy.errors import BackendError, ConfigError
-from sglp_deploy.materialize import PLAN_FILE, CompressedModel
-from sglp_deploy.reference import check_open_options
+from sglp_deploy.protocols import check_open_options
 
+# Nothing here may import torch: a benchmark's worker comes this way, and its memory must be the artifact's alone.
 if TYPE_CHECKING:
     import onnx_ir as ir
     import onnxruntime
 
+    from sglp_deploy.materialize import CompressedModel
     from sglp_exporters._layer_template import LayerTemplate
 
 MODEL_FILE = "model.onnx"
@@ -57,15 +57,12 @@ class OnnxExporter:
         import onnx
         import onnx_ir as ir
 
+        from sglp_deploy.adapters import precision
         from sglp_exporters import _onnx_passes
 
         if options:
             raise ConfigError(f"exporter 'onnx' does not know {', '.join(sorted(options))}; it has no options yet")
-        if precision(model.module) == "bf16":
-            raise ConfigError(
-                "the weights are bfloat16; ONNX Runtime lacks kernels for that type, so the graph would not load; load "
-                "the model with --dtype fp32 or --dtype fp16"
-            )
+        self.check_precision(precision(model.module))
         template = self._template_for(model)
         graph = template.assemble(model.module)
         _onnx_passes.store_weights_transposed(graph)
@@ -103,6 +100,18 @@ class OnnxExporter:
                 },
             )
         return ExportArtifact.load(out_dir, check_files=False)
+
+    def check_precision(self, precision: str) -> None:
+        """Refuse weights of a type that could not be run; a caller may ask before it spends time on a plan.
+
+        Raises:
+            ConfigError: If ``precision`` is "bf16".
+        """
+        if precision == "bf16":
+            raise ConfigError(
+                "the weights are bfloat16; ONNX Runtime lacks kernels for that type, so the graph would not load; load "
+                "the model with --dtype fp32 or --dtype fp16"
+            )
 
     def open(self, artifact: ExportArtifact, **options: Any) -> OnnxRuntimeRunner:
         """A runner on ``device`` ("cpu" or "cuda") with ``threads``."""
@@ -150,7 +159,9 @@ class OnnxRuntimeRunner:
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         wanted = "CUDAExecutionProvider" if self._device == "cuda" else "CPUExecutionProvider"
-        provider = (wanted, {"device_id": self._device_index}) if self._device == "cuda" else wanted
+        # TF32 keeps 10 bits of a float32's mantissa; the parity bounds and PyTorch's default mean all 23.
+        cuda = {"device_id": self._device_index, "use_tf32": "0"}
+        provider = (wanted, cuda) if self._device == "cuda" else wanted
         if wanted not in onnxruntime.get_available_providers():
             raise BackendError(
                 f"this ONNX Runtime has no {wanted}, only {', '.join(onnxruntime.get_available_providers())}; it was "

@@ -47,6 +47,10 @@ def _packages() -> list[dict[str, str]]:
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
+            if requirement.name == "onnxruntime" and (gpu := _version("onnxruntime-gpu")):
+                # The GPU build is the same package under another name, and must not have the CPU build beside it.
+                findings.append(_finding("ok", "onnxruntime-gpu", f"{gpu}, in place of onnxruntime"))
+                continue
             findings.append(_finding("missing", requirement.name, f"pip install '{requirement}'"))
             continue
         # A local version such as 2.13.0+cpu satisfies 2.13.

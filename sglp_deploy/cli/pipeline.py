@@ -9,6 +9,7 @@ Nothing here imports torch before a stage needs it: a run that has nothing to do
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,7 @@ EXIT_PARITY = 3
 
 # Formats whose runner here is the runtime the artifact is made for, so a time taken with it means something.
 _MEASURED = ("onnx", "torch")
-_VERSIONED = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+_VERSIONED = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 _PREFILL, _DECODE = "prefill_latency_s", "decode_latency_s_per_token"
 
 # What each kind of stage reads of the configuration, beside the model itself.
@@ -105,7 +106,7 @@ class Pipeline:
             verified = self._verify_artifacts(made, model)
             settings = self._settings(_QUALITY)
             judged = self._stage("quality", settings, [planned, model], ["quality.json"], lambda: self._judge(plan))
-            self._compressor = None  # the benchmark's workers need the memory more
+            self._release_model()
             measured = self._bench_stage(plan, made)
             for stranger in ledger.remove_strangers(self._root, self._outputs()):
                 self._console.note(f"removed {stranger}: an earlier run made it, this one does not")
@@ -170,6 +171,7 @@ class Pipeline:
         measured = []
         for name in self._formats():
             if name not in _MEASURED:
+                self._console.note(f"{name}: not measured; its runner here is not the runtime it is made for")
                 continue
             if failed := [arm for arm in (name, f"{name}-baseline") if not self._parity(arm).passed]:
                 self._console.warn(f"{name} is not measured; parity of {failed[0]} failed; see parity/{failed[0]}.json")
@@ -294,7 +296,23 @@ class Pipeline:
     def _loaded(self) -> Compressor:
         if self._compressor is None:
             self._compressor = session.compressor(self._config, self._console)
+            for name in self._formats():
+                # Asked of the weights that were loaded, before minutes go into a plan for a format that refuses them.
+                check = getattr(registry.exporter(name), "check_precision", None)
+                if check is not None:
+                    check(self._compressor.precision)
         return self._compressor
+
+    def _release_model(self) -> None:
+        """Give the model's memory back, the accelerator's too: the benchmark's workers need it more."""
+        if self._compressor is None:
+            return
+        self._compressor = None
+        gc.collect()
+        if self._config.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.empty_cache()
 
     def _artifact(self, name: str) -> ExportArtifact:
         folder = self._root / ("checkpoint" if name == "torch" else f"artifacts/{name}")

@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglp_deploy.artifact import MANIFEST, ExportArtifact
+from sglp_deploy.artifact import MANIFEST, PLAN_FILE, ExportArtifact
 from sglp_deploy.calibration import BUILTIN, CalibrationSet
 from sglp_deploy.cli.console import Console
 from sglp_deploy.config import DTYPES, RunConfig
@@ -22,7 +22,6 @@ from sglp_deploy.plan import PruningPlan
 if TYPE_CHECKING:
     from sglp_deploy.compressor import Compressor
 
-_PLAN_FILE = "sglp_plan.json"
 _CONNECT_S = 5.0
 
 
@@ -179,7 +178,7 @@ def check_output_folder(path: str | Path) -> None:
         raise ConfigError(f"{folder} is a file; a folder is written there; choose another --output")
     if Path.cwd().is_relative_to(folder.resolve()):
         raise ConfigError(f"{folder} holds the current folder; it would be replaced; choose another --output")
-    ours = any((folder / name).is_file() for name in (MANIFEST, _PLAN_FILE))
+    ours = any((folder / name).is_file() for name in (MANIFEST, PLAN_FILE))
     if folder.is_dir() and any(folder.iterdir()) and not ours:
         raise ConfigError(f"{folder} holds other files; the whole folder is replaced; choose another --output")
     _check_writable(folder)

@@ -108,7 +108,7 @@ def test_a_refusal_of_nvml_is_a_note_and_not_a_failure(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "pynvml", types.SimpleNamespace(nvmlInit=refuse))
     assert device_readings("cuda")["device_process_used"].note == "NVML refused: Driver Not Loaded"
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert device_readings("cuda")["device_process_used"].note == "needs sglp-deploy[gpu]"
+    assert device_readings("cuda")["device_process_used"].note == "needs nvidia-ml-py"
 
 
 def test_a_reading_survives_json() -> None:

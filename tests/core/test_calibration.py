@@ -199,7 +199,7 @@ def test_a_dataset_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatc
         CalibrationSet.parse("hf:x")
 
 
-def test_a_dataset_without_the_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_without_the_package_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def refuse(name: str, *arguments: Any, **options: Any) -> Any:
@@ -208,7 +208,7 @@ def test_a_dataset_without_the_package_names_the_extra(monkeypatch: pytest.Monke
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ConfigError, match=r"needs the datasets package; .*pip install 'sglp-deploy\[data\]'"):
+    with pytest.raises(ConfigError, match=r"needs the datasets package; .*pip install datasets"):
         CalibrationSet.from_dataset("x")
 
 

@@ -382,3 +382,20 @@ def test_a_gpu_gives_the_statistics_of_the_cpu() -> None:
     on_gpu = collect_layer_stats(model.to("cuda"), batches)
     for name in ("hsic_unbiased", "cosine", "grad_l2", "grad_weight_sum", "grad_output", "taylor"):
         np.testing.assert_allclose(getattr(on_gpu, name), getattr(on_cpu, name), rtol=2e-3, err_msg=name)
+
+
+def test_float16_gradients_are_scaled_before_they_flush_to_zero_and_unscaled_after() -> None:
+    full, half = tiny.model("llama"), tiny.model("llama").half()
+    for model in (full, half):
+        with torch.no_grad():
+            # A head this flat passes back gradients near float16's smallest number.
+            model.model.norm.weight.mul_(2e-3)
+    batches = tiny_batches()
+    wanted, got = collect_layer_stats(full, batches), collect_layer_stats(half, batches)
+    for name in ("grad_l2", "grad_weight_sum", "grad_output", "taylor"):
+        np.testing.assert_allclose(getattr(got, name), getattr(wanted, name), rtol=0.05)
+
+
+def tiny_batches() -> TokenBatches:
+    ids = np.random.default_rng(3).integers(0, 256, size=(4, 32), dtype=np.int64)
+    return TokenBatches(ids, np.ones_like(ids), 2, "test")

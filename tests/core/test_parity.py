@@ -334,7 +334,7 @@ def test_the_worst_place_is_the_planted_one(
     }
     assert worst["max_abs"] == pytest.approx(0.5, abs=1e-4)
     assert report.cases[0]["passed"]
-    assert f"batch of 3, padded to 40: a logit differs by 0.5, above 0.001 (worst at row {row}, {phase} position " in (
+    assert f"batch of 3, padded to 40: a logit differs by 0.5, above 0.003 (worst at row {row}, {phase} position " in (
         " / ".join(report.reasons)
     )
 
@@ -342,11 +342,11 @@ def test_the_worst_place_is_the_planted_one(
 def test_one_wrong_position_of_many_is_seen_although_a_percentile_cannot_see_it(llama: PreTrainedModel) -> None:
     def alter(logits: Logits, phase: str, step: int) -> None:
         if phase == "prefill" and logits.shape[1] == 128:
-            logits[0, 60] *= 1.001  # below the bound on single logits
+            logits[0, 60] *= 1.003  # below the bound on single logits
 
     case = next(case for case in prompt_cases(tokens()) if case.name == "prompt 128")
     report = compare(Altered(llama, alter), llama, cases=[case])
-    assert report.cases[0]["statistics"]["kl_p99"] < 2e-9
+    assert report.cases[0]["statistics"]["kl_p99"] < 1e-8
     assert any(" KL is " in reason and "prefill position 60" in reason for reason in report.reasons)
 
 
@@ -520,11 +520,11 @@ def test_the_noise_floor_is_the_reference_against_itself_in_a_doubled_batch(llam
 def test_a_noisy_reference_loosens_the_bounds_but_not_without_end() -> None:
     bounds = thresholds_for("float32")
     quiet = limits(bounds, {"kl_p99": 1e-11, "kl_max": 1e-11, "max_abs": 1e-6})
-    assert quiet == {"kl_p99": 2e-9, "kl_max": 2e-8, "max_abs": 1e-3}
-    noisy = limits(bounds, {"kl_p99": 1e-9, "kl_max": 1e-8, "max_abs": 5e-4})
-    assert noisy == pytest.approx({"kl_p99": 1e-8, "kl_max": 1e-7, "max_abs": 5e-3})
+    assert quiet == {"kl_p99": 1e-8, "kl_max": 1e-7, "max_abs": 3e-3}
+    noisy = limits(bounds, {"kl_p99": 5e-9, "kl_max": 5e-8, "max_abs": 5e-4})
+    assert noisy == pytest.approx({"kl_p99": 5e-8, "kl_max": 5e-7, "max_abs": 5e-3})
     broken = limits(bounds, {"kl_p99": 0.3, "kl_max": 2.0, "max_abs": 9.0})
-    assert broken == pytest.approx({"kl_p99": 2e-7, "kl_max": 2e-6, "max_abs": 0.1})
+    assert broken == pytest.approx({"kl_p99": 1e-6, "kl_max": 1e-5, "max_abs": 0.3})
 
 
 def test_a_reference_that_disagrees_with_itself_does_not_let_damage_pass(llama: PreTrainedModel) -> None:

@@ -387,6 +387,15 @@ def test_a_missing_text_is_refused_before_any_work(
     assert not (tmp_path / "demo").exists()
 
 
+def test_weights_a_format_cannot_run_are_refused_before_the_plan(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", str(model), "--drop", "2", "--to", "vllm,onnx", "--dtype", "bf16", "-o", str(tmp_path / "demo")]
+    assert main(arguments) == 1
+    assert "error: the weights are bfloat16; ONNX Runtime lacks kernels" in capsys.readouterr().err
+    assert not (tmp_path / "demo" / "plan.json").exists()
+
+
 def test_a_second_run_in_the_same_folder_is_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,8 +6,8 @@ import torch
 
 import tiny
 from sglp_deploy.errors import BackendError, ConfigError
-from sglp_deploy.protocols import GeneratingRunner
-from sglp_deploy.reference import TorchRunner, check_open_options
+from sglp_deploy.protocols import GeneratingRunner, check_open_options
+from sglp_deploy.reference import TorchRunner
 
 EVERY_FAMILY = pytest.mark.parametrize("family", tiny.FAMILIES)
 

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 import shutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -378,3 +381,21 @@ def test_a_gpu_gives_the_logits_of_the_cpu(exported: Lookup) -> None:
         with OnnxRuntimeRunner(artifact, device) as runner:
             logits.append(np.stack([runner.prefill(ids), *(runner.decode(ids[:, k]) for k in range(9))]))
     np.testing.assert_allclose(logits[1], logits[0], atol=2e-3)
+
+
+def test_running_an_artifact_needs_no_torch(exported: Any) -> None:
+    # A benchmark's worker measures its own memory; torch in it would be counted as the artifact's.
+    folder = exported("llama").artifacts["pruned"].path
+    code = (
+        "import sys, numpy as np\n"
+        "from sglp_deploy import registry\n"
+        "from sglp_deploy.artifact import ExportArtifact\n"
+        f"artifact = ExportArtifact.load({str(folder)!r})\n"
+        "with registry.exporter('onnx').open(artifact) as runner:\n"
+        "    runner.prefill(np.array([[1, 2, 3]]))\n"
+        "    runner.decode(np.array([4]))\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
