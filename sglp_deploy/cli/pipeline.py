@@ -171,7 +171,6 @@ class Pipeline:
         measured = []
         for name in self._formats():
             if name not in _MEASURED:
-                self._console.note(f"{name}: not measured; its runner here is not the runtime it is made for")
                 continue
             if failed := [arm for arm in (name, f"{name}-baseline") if not self._parity(arm).passed]:
                 self._console.warn(f"{name} is not measured; parity of {failed[0]} failed; see parity/{failed[0]}.json")
@@ -194,6 +193,9 @@ class Pipeline:
             del text
             self._console.progress("bench", done, total)
 
+        for name in self._formats():
+            if name not in _MEASURED:
+                self._console.note(f"{name}: not measured; its runner here is not the runtime it is made for")
         work = self._root / "bench" / "all"
         # "torch" is PyTorch eager on the same pruned model: what a user has before any export.
         artifacts = {name: self._artifact(name) for name in arms}

@@ -64,7 +64,7 @@ def test_the_documented_calls_go_from_a_folder_to_a_certified_onnx_artifact(
     parity = compressor.verify(artifact, threads=1)
     assert parity.passed, parity.reasons
     assert parity.artifact_digest == artifact.digest
-    assert parity.reference == "PyTorch, 4 layers, float32"
+    assert parity.reference == "PyTorch, 4 layers, fp32"
     assert pruned.n_layers == artifact.n_layers == 4
     assert baseline.n_layers == 6
     assert artifact.weight_bytes < baseline.weight_bytes
