@@ -104,7 +104,8 @@ def read_json(path: Path, kind: str, version: int = 1) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ArtifactError(f"{path} does not exist; a {kind} file was expected there; check the path") from None
+        missing = f"{path} does not exist; one of our {kind} files was expected there; check the path"
+        raise ArtifactError(missing) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{path} cannot be read as a {kind} file; {error}; make it again") from error
     schema = value.get("schema") if isinstance(value, dict) else None

@@ -1,9 +1,10 @@
-"""One wording for a name nobody knows: the nearest match and the whole list, so a typing error costs one reading."""
+"""Names a user types: one wording for the unknown ones, and what may be the name of a model on the hub."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 from sglp_deploy.errors import ConfigError
 
@@ -14,3 +15,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     close = get_close_matches(str(name), names, n=1, cutoff=0.5)
     advice = f"did you mean {close[0]!r}? the choices are" if close else "choose one of"
     return ConfigError(f"unknown {kind} {name!r}; nothing is registered under that name; {advice} {', '.join(names)}")
+
+
+def may_be_hub_id(model: str) -> bool:
+    """Whether ``model``, which is no file or folder here, can be meant as "name" or "owner/name" on the hub."""
+    return not (
+        Path(model).is_absolute() or model.startswith((".", "~")) or model.endswith(".gguf") or model.count("/") > 1
+    )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglp_deploy import _io
-from sglp_deploy._names import unknown_name
+from sglp_deploy._names import may_be_hub_id, unknown_name
 from sglp_deploy.adapters.base import ModelSource
 from sglp_deploy.adapters.quiet import quiet_libraries
 from sglp_deploy.errors import ConfigError, UnsupportedModelError
@@ -106,7 +106,7 @@ def load_model(
         options["gguf_file"] = gguf_file
     elif path.is_dir():
         _check_folder(path, allow_pickle)
-    elif path.exists() or path.is_absolute() or location.count("/") > 1 or location.startswith("."):
+    elif path.exists() or not may_be_hub_id(location):
         raise ConfigError(f"{path} is not a model folder or a .gguf file; check the path")
     weights: dict[str, Any] = dict(options)
     if gguf_file:

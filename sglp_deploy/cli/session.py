@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglp_deploy._names import may_be_hub_id
 from sglp_deploy.artifact import MANIFEST, PLAN_FILE, ExportArtifact
 from sglp_deploy.calibration import BUILTIN, CalibrationSet
 from sglp_deploy.cli.console import Console
@@ -152,18 +153,21 @@ def settle_connection(console: Console, model: str, *texts: str | None) -> None:
         model: A path or a hub identifier.
         texts: Paths, or datasets (``hf:...``).
     """
-    remote = not Path(model).exists() or any((text or "").startswith("hf:") for text in texts)
+    datasets = any((text or "").startswith("hf:") for text in texts)
+    remote = datasets or (not Path(model).exists() and may_be_hub_id(model))
     if not remote or os.environ.get("HF_HUB_OFFLINE"):
         return
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    from huggingface_hub import constants
+
+    endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=_CONNECT_S).close()
     except urllib.error.HTTPError:  # it answered
         return
     except (OSError, ValueError) as error:
         console.note(f"{endpoint} cannot be reached ({getattr(error, 'reason', error)}); only cached files are used")
-        # Read when huggingface_hub is imported, which is why nothing here has imported it yet.
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that are started from here
+        constants.HF_HUB_OFFLINE = True  # for this one: the variable was read when the package was imported
 
 
 def check_output_folder(path: str | Path) -> None:

@@ -87,7 +87,7 @@ def test_other_errors_pass_unchanged(tmp_path: Path, error: Exception) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"a\.json does not exist; a plan file was expected there; check the path"),
+        (None, r"a\.json does not exist; one of our plan files was expected there; check the path"),
         ("{", r"a\.json cannot be read as a plan file; .*; make it again"),
         ("[]", r"a\.json has schema None; this version reads 'plan/1'; make the file again"),
         ('{"schema": "plan/2"}', r"has schema 'plan/2'; this version reads 'plan/1'"),
