@@ -37,10 +37,10 @@ _NAMED: dict[str, dict[str, int]] = {
     "demo": {
         "prompt_tokens": 128,
         "decode_tokens": 32,
-        "warmup_max": 6,
+        "warmup_max": 5,
         "prefill_repeats": 5,
         "decode_repeats": 3,
-        "cycles": 4,
+        "cycles": 5,
     },
     "decode-small": {
         "prompt_tokens": 64,
