@@ -85,6 +85,8 @@ class Exporter(Protocol):
     """Turns a pruned model into an artifact and opens such artifacts again.
 
     ``open`` accepts at least the keyword options ``device`` ("cpu", "cuda", "cuda:1") and ``threads`` (int or None).
+    An exporter that cannot write every element type may have ``check_precision(precision: str) -> None``, which raises
+    :class:`sglp_deploy.errors.ConfigError`; a run asks it before it plans.
     """
 
     name: str
