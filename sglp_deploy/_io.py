@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,8 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, kind: str, version: int = 1) -> dict[str, Any]:
-    """Read one of our files and check that it is a ``kind`` in a version this code knows.
+def read_json(path: Path, kind: str, versions: Sequence[int] = (1,)) -> dict[str, Any]:
+    """Read one of our files and check that it is a ``kind`` in one of the ``versions`` this code knows.
 
     Raises:
         ArtifactError: If the file is missing, is not JSON, or carries another ``schema``.
@@ -109,9 +109,10 @@ def read_json(path: Path, kind: str, version: int = 1) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{path} cannot be read as a {kind} file; {error}; make it again") from error
     schema = value.get("schema") if isinstance(value, dict) else None
-    wanted = f"{kind}/{version}"
-    if schema != wanted:
-        raise ArtifactError(f"{path} has schema {schema!r}; this version reads {wanted!r}; make the file again")
+    wanted = [f"{kind}/{version}" for version in versions]
+    if schema not in wanted:
+        known = " and ".join(map(repr, wanted))
+        raise ArtifactError(f"{path} has schema {schema!r}; this version reads {known}; make the file again")
     return dict(value)
 
 

@@ -188,6 +188,48 @@ def select_drops_for_parameters(
     )
 
 
+def select_groups(
+    scores: ArrayLike,
+    segments: Sequence[tuple[int, int]],
+    groups: Sequence[Sequence[int]],
+    n_drop: int,
+) -> tuple[int, ...]:
+    """Choose whole groups of layers to remove: lowest summed score first, every segment keeps at least one layer.
+
+    Args:
+        scores: Importance of each layer, shape (L,), finite.
+        segments: Half-open ranges that cover 0..L in order.
+        groups: Layers that can only go together, in order; see :func:`sglp_deploy.patterns.pattern_groups`.
+        n_drop: Layers to remove, the sum of some groups' sizes.
+
+    Returns:
+        The layers in the order their groups go; of equal sums the deeper group goes first.
+
+    Raises:
+        PlanError: If no choice of groups in rank order comes to ``n_drop``; the message has the counts that do.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    segment_of = [index for index, (start, end) in enumerate(segments) for _ in range(start, end)]
+    left = [end - start for start, end in segments]
+    order: list[int] = []
+    counts = [0]
+    for group in sorted(groups, key=lambda layers: (values[list(layers)].sum(), -layers[0])):
+        after = list(left)
+        for layer in group:
+            after[segment_of[layer]] -= 1
+        if min(after) >= 1:
+            left = after
+            order += group
+            counts.append(len(order))
+    if n_drop not in counts:
+        raise PlanError(
+            f"drop={n_drop} is no number of whole periods these {len(segments)} segments can lose; the pattern of the "
+            f"layers repeats every {min(map(len, groups))}; pass one of drop="
+            f"{', '.join(map(str, counts[1:])) or 'none'}, or fewer segments"
+        )
+    return tuple(order[:n_drop])
+
+
 def _rooms(segments: Sequence[tuple[int, int]], prunable: Sequence[bool]) -> list[int]:
     """How many layers each segment can lose and still keep one."""
     return [min(sum(prunable[start:end]), end - start - 1) for start, end in segments]

@@ -73,8 +73,66 @@ def thresholds_for(precision: str) -> Thresholds:
     return Thresholds(0.5, 0.995, kl_p99=1e-2, kl_max=1e-1, max_abs=4.0, noise_factor=3.0, cosine_min=0.99)
 
 
-def limits(bounds: Thresholds, noise_floor: Mapping[str, float]) -> dict[str, float]:
-    """The bounds on ``kl_p99``, ``kl_max`` and ``max_abs`` that are in force over this noise floor."""
+@dataclass(frozen=True)
+class ForwardThresholds:
+    """What passes for a graph that runs forward only; see :func:`forward_thresholds_for`.
+
+    Attributes:
+        margin: Reference's gap between its best two logits above which a position counts as stable.
+        top1_stable: Least share of stable positions whose best class agrees.
+        kl_p99: Greatest 99th percentile of KL(reference || artifact), nats; for logits only.
+        kl_max: Greatest KL of any position, nats; for logits only.
+        max_relative: Greatest difference of any value, in units of the reference's root mean square over the case: the
+            size of a hidden state is a family's own affair.
+        noise_factor: The bounds on KL and values are at least this many times the reference's own noise floor (and at
+            most 100 times themselves).
+        cosine_min: Least cosine between the two vectors of any position.
+    """
+
+    margin: float
+    top1_stable: float
+    kl_p99: float
+    kl_max: float
+    max_relative: float
+    noise_factor: float
+    cosine_min: float
+
+
+def forward_thresholds_for(precision: str) -> ForwardThresholds:
+    """Bounds for "float32", "float16" or "bfloat16" weights; anything else is judged as bfloat16.
+
+    Calibrated on the tiny random models of every family in the test suite.  The float32 bounds lie about 5 times above
+    the most that was seen of noise, because real models are deeper and other processors round otherwise.  Damage
+    listed above the bound can therefore pass; damage below it is refused.  Greatest difference relative to the
+    reference's root mean square, and KL p99 in nats; the most seen of noise and the least seen of damage:
+
+    ===================================================  =======================
+    float32, CPU                                         29 families
+    ===================================================  =======================
+    reference against itself                             8.5e-6, 3.2e-12
+    ONNX Runtime against PyTorch                         5.9e-5, 9.0e-12
+    one weight matrix in the middle rounded to float16   5.5e-6, 2.1e-12
+    one weight matrix in the middle rounded to bfloat16  3.3e-5, 2.0e-10
+    one *element* of one norm times 1.01                 1.1e-4, 2.6e-12
+    **bound**                                            **3e-4, 1e-8**
+    one norm times 1.01                                  1.2e-3, 3.4e-10
+    ===================================================  =======================
+
+    Those of float16 and bfloat16 are not calibrated on real runs yet.
+    """
+    if precision in ("float32", "fp32"):
+        return ForwardThresholds(
+            0.01, 1.0, kl_p99=1e-8, kl_max=1e-7, max_relative=3e-4, noise_factor=10.0, cosine_min=0.99999
+        )
+    if precision in ("float16", "fp16"):
+        return ForwardThresholds(
+            0.1, 0.995, kl_p99=1e-3, kl_max=1e-2, max_relative=0.1, noise_factor=3.0, cosine_min=0.999
+        )
+    return ForwardThresholds(0.5, 0.995, kl_p99=1e-2, kl_max=1e-1, max_relative=0.5, noise_factor=3.0, cosine_min=0.99)
+
+
+def limits(bounds: Thresholds | ForwardThresholds, noise_floor: Mapping[str, float]) -> dict[str, float]:
+    """The bounds on what the noise floor names (KL, greatest difference) that are in force over it."""
     return {
         name: min(max(bound, bounds.noise_factor * noise_floor[name]), _MOST_LOOSENING * bound)
         for name, bound in asdict(bounds).items()
@@ -120,6 +178,37 @@ def judge_case(record: Mapping[str, Any], in_force: Mapping[str, float], bounds:
     return faults
 
 
+def judge_forward_case(
+    record: Mapping[str, Any], in_force: Mapping[str, float], bounds: ForwardThresholds
+) -> list[str]:
+    """What is wrong with a measured case of a forward-only artifact, in words; nothing when it passes.
+
+    Args:
+        record: One entry of :attr:`ParityReport.cases`.
+        in_force: From :func:`limits`.
+        bounds: What passes.
+    """
+    statistics, worst, output = record["statistics"], record["worst"], record["output"]
+    place = f"row {worst['row']}, position {worst['position']}"
+    if statistics is None:
+        return [f"NaN or Inf in the {output} of the {worst['not_finite']} at {place}"]
+    faults = []
+    if not statistics["max_relative"] <= in_force["max_relative"]:
+        faults.append(
+            f"a value of {output} differs by {statistics['max_relative']:.3g} of their size, above "
+            f"{in_force['max_relative']:.3g} (worst at {place})"
+        )
+    for name, words in (("kl_p99", "KL p99"), ("kl_max", "KL")):
+        if name in statistics and not statistics[name] <= in_force[name]:
+            faults.append(f"{words} is {statistics[name]:.3g}, above {in_force[name]:.3g} nats (worst at {place})")
+    if not statistics["cosine_min"] >= bounds.cosine_min:
+        faults.append(f"cosine {statistics['cosine_min']:.6f} is below {bounds.cosine_min} (worst at {place})")
+    stable = statistics.get("top1_stable")
+    if stable is not None and stable < bounds.top1_stable:
+        faults.append(f"{1 - stable:.1%} of {statistics['n_stable']} stable positions choose another class")
+    return faults
+
+
 @dataclass(frozen=True)
 class ParityReport:
     """The certificate; ``passed`` is True only if every case passed.
@@ -134,7 +223,8 @@ class ParityReport:
         noise_floor: The reference against itself in another batch shape: ``max_abs``, ``kl_p99``, ``kl_max``, each the
             greatest of all cases.
         cases: One mapping for each case: name, passed, positions, statistics (None when a logit was not finite),
-            worst, last_position_max_abs, greedy.
+            worst, last_position_max_abs, greedy; the last two are None for an artifact that runs forward only, whose
+            cases also name the output.
         reasons: Why it failed; empty when it passed.
 
     Raises:

@@ -19,6 +19,7 @@ from torch import nn
 
 from sglp_deploy._names import unknown_name
 from sglp_deploy.adapters import LayerStack, layer_stack
+from sglp_deploy.adapters.samples import require_next_token_loss
 from sglp_deploy.calibration import TokenBatches
 from sglp_deploy.errors import CalibrationError, ConfigError
 from sglp_deploy.similarity import hsic_terms
@@ -86,6 +87,7 @@ def collect_layer_stats(
         UnsupportedModelError: If the model's family is not supported.
     """
     _check_options(rows, skip_positions, rows_per_batch)
+    require_next_token_loss(model)
     stack = layer_stack(model)
     _check_tokens(model, batches)
     sums = _Sums(stack.n_layers)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,26 +14,25 @@ from numpy.typing import NDArray
 from sglp_deploy import materialize as materializing
 from sglp_deploy import registry
 from sglp_deploy._names import unknown_name
-from sglp_deploy.adapters import LoadedModel, layer_stack, load_model, precision
+from sglp_deploy.adapters import LayerStack, LoadedModel, adapter_for, layer_stack, load_model, precision
+from sglp_deploy.adapters.samples import require_next_token_loss
 from sglp_deploy.artifact import PLAN_FILE, ExportArtifact
 from sglp_deploy.calibration import CalibrationSet, TokenBatches
+from sglp_deploy.certificate import ParityReport
 from sglp_deploy.collect import collect_layer_stats
-from sglp_deploy.errors import ConfigError, PlanError
+from sglp_deploy.errors import PlanError, UnsupportedModelError
 from sglp_deploy.evaluate import Perplexity, perplexity, quality_report
 from sglp_deploy.materialize import CompressedModel
-from sglp_deploy.parity import ParityReport, check_parity, prompt_cases
-from sglp_deploy.plan import Budget, PruningPlan, keep_all_plan, make_plan, planner_names
-from sglp_deploy.protocols import GeneratingRunner
-from sglp_deploy.reference import TorchRunner
+from sglp_deploy.patterns import check_layer_types, pattern_groups
+from sglp_deploy.plan import Budget, PruningPlan, by_hand_plan, keep_all_plan, make_plan, planner_names
 from sglp_deploy.statistics import LayerStats
+from sglp_deploy.verification import verify_artifact
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[str, int, int], None]
-
-# A window this long costs minutes to go beyond on a CPU; longer ones are left to the user's own prompts.
-_LONGEST_WINDOW_CHECKED = 4096
 
 
 class Compressor:
@@ -43,6 +43,7 @@ class Compressor:
         calibration: Text to measure layers on; the built-in prose when omitted.
         rows: "rms" or "raw"; see :func:`sglp_deploy.collect.collect_layer_stats`.
         skip_positions: Leading positions left out of the similarity.
+        stack: Which layers, for a model with several stacks: "encoder" or "decoder"; the first when omitted.
         progress: Called with (stage, done, total) during long work.
     """
 
@@ -53,9 +54,11 @@ class Compressor:
         calibration: CalibrationSet | None = None,
         rows: str = "rms",
         skip_positions: int = 1,
+        stack: str | None = None,
         progress: Progress | None = None,
     ) -> None:
-        layer_stack(loaded.module)  # an unsupported family is refused before any work
+        layer_stack(loaded.module, stack)  # an unsupported family is refused before any work
+        self._stack_name = stack
         self._loaded = loaded
         self._calibration = calibration or CalibrationSet.builtin()
         self._rows = rows
@@ -83,9 +86,14 @@ class Compressor:
         return cls(loaded, calibration=calibration, **options)
 
     @property
-    def model(self) -> PreTrainedModel:
+    def model(self) -> nn.Module:
         """The unpruned model."""
         return self._loaded.module
+
+    @property
+    def stack(self) -> LayerStack:
+        """The layers that are pruned."""
+        return layer_stack(self.model, self._stack_name)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -105,13 +113,14 @@ class Compressor:
     @property
     def n_layers(self) -> int:
         """Layers before pruning."""
-        return layer_stack(self.model).n_layers
+        return self.stack.n_layers
 
     def stats(self) -> LayerStats:
         """Statistics of the calibration pass; taken once and kept."""
         if self._stats is None:
+            self._check_measurable()
             self._stats = collect_layer_stats(
-                self.model,
+                cast("PreTrainedModel", self.model),
                 self._encoded(),
                 rows=self._rows,
                 skip_positions=self._skip_positions,
@@ -127,6 +136,7 @@ class Compressor:
         keep: int | None = None,
         max_parameters: int | None = None,
         method: str = "sglp",
+        preserve_pattern: bool = False,
         **options: Any,
     ) -> PruningPlan:
         """Decide which layers go.
@@ -136,6 +146,8 @@ class Compressor:
             keep: Layers to keep.
             max_parameters: Parameters the pruned model may have.
             method: A planner's name.
+            preserve_pattern: Remove whole periods of the layers' pattern only, for runtimes that derive a layer's type
+                from its number.
             options: See :func:`sglp_deploy.plan.make_plan`.
 
         Raises:
@@ -151,7 +163,11 @@ class Compressor:
             raise unknown_name("method", method, planner_names())
         budget.n_drop(self.n_layers)
         self._check_parameters(max_parameters)
-        return make_plan(
+        if preserve_pattern:
+            options["groups"] = pattern_groups(
+                adapter_for(self.model).kinds(self.model, self.stack), self.stack.prunable
+            )
+        plan = make_plan(
             self.stats(),
             budget,
             method=method,
@@ -164,10 +180,23 @@ class Compressor:
             seed=self._calibration.seed,
             **options,
         )
+        return self._with_changes(plan)
+
+    def plan_by_hand(self, drop: Sequence[int]) -> PruningPlan:
+        """The plan that removes the layers a person names; works for every supported model and measures nothing.
+
+        Raises:
+            PlanError: If a layer is named twice or outside the model, or none would stay.
+            UnsupportedModelError: If a named layer must stay, with the reason.
+        """
+        plan = by_hand_plan(self.n_layers, drop, {**self.source, **self._sizes()})
+        self.stack.check_removable(plan.drop)
+        return self._with_changes(plan)
 
     def keep_all(self) -> PruningPlan:
         """The baseline: a plan that removes nothing."""
-        return keep_all_plan(self.n_layers, self.source, seed=self._calibration.seed)
+        plan = keep_all_plan(self.n_layers, self.source, seed=self._calibration.seed)
+        return plan if self._stack_name is None else replace(plan, stack=self.stack.path)
 
     def materialize(self, plan: PruningPlan) -> CompressedModel:
         """The smaller model, sharing its tensors with the unpruned one."""
@@ -179,7 +208,10 @@ class Compressor:
 
     def export(self, plan: PruningPlan, to: str, out_dir: str | Path, **options: Any) -> ExportArtifact:
         """Write an artifact of the smaller model with the exporter called ``to``."""
-        return registry.exporter(to).export(self.materialize(plan), Path(out_dir), **options)
+        exporter = registry.exporter(to)
+        pruned = self.materialize(plan)
+        check_layer_types(exporter, getattr(pruned.module, "config", None), plan.config_changes, plan.keep)
+        return exporter.export(pruned, Path(out_dir), **options)
 
     def verify(
         self,
@@ -189,7 +221,10 @@ class Compressor:
         text: CalibrationSet | None = None,
         threads: int | None = None,
     ) -> ParityReport:
-        """Compare an artifact with the pruned torch model it was made from.
+        """Compare an artifact with the model it was made from, whose removed layers hand on what they are given.
+
+        The reference is the unpruned model itself and shares nothing with what made the artifact: no sliced
+        configuration, no copied or renumbered layer, no file.
 
         Args:
             artifact: What to certify.
@@ -199,7 +234,8 @@ class Compressor:
 
         Raises:
             PlanError: If the artifact belongs to another model or plan.
-            ConfigError: If its runner cannot generate.
+            ArtifactError: If the cache of a decoder's graph is not laid out for the pruned model.
+            ConfigError: If its runner cannot generate, where the artifact is of a decoder with a cache.
         """
         plan = plan or PruningPlan.load(artifact.path / PLAN_FILE)
         if plan.digest() != artifact.plan_digest:
@@ -207,43 +243,32 @@ class Compressor:
                 f"the artifact in {artifact.path} was made by another plan ({artifact.plan_digest[:12]}, not "
                 f"{plan.digest()[:12]}); a certificate would be about something else; give the plan it was made by"
             )
-        pruned = self.materialize(plan)
-        runner = registry.exporter(artifact.format).open(artifact, device=str(self.model.device), threads=threads)
-        if not isinstance(runner, GeneratingRunner):
-            raise ConfigError(
-                f"the {artifact.format} runner cannot generate; decoder parity needs prefill and decode; add them"
-            )
-        window = _window(pruned.module)
-        described = f"PyTorch, {pruned.n_layers} layers, {self.precision}"
-        if window is not None and window > _LONGEST_WINDOW_CHECKED:
-            described += f"; not compared beyond its sliding window of {window} tokens"
-            window = None
-        with TorchRunner(pruned.module, threads=threads) as reference, runner:
-            return check_parity(
-                artifact,
-                runner,
-                reference,
-                prompt_cases(self._prompt_tokens(text), window=window),
-                runner_name=str(artifact.details.get("runner", type(runner).__name__)),
-                reference_name=described,
-                progress=self._stage("verify"),
-            )
+        return verify_artifact(
+            artifact,
+            self.model,
+            self.materialize(plan),
+            tokens=lambda: self._prompt_tokens(text),
+            threads=threads,
+            progress=self._stage("verify"),
+        )
 
     def evaluate(self, plan: PruningPlan, text: CalibrationSet | None = None) -> dict[str, Any]:
         """Perplexity of the dense and the pruned model on held-out text, as ``quality.json`` holds it."""
+        require_next_token_loss(self.model)
         held_out = text or CalibrationSet.builtin_held_out(max_tokens=16_384, sequence_length=512)
         batches = held_out.encode(self.tokenizer)
         dense = self._perplexity(self.model, batches, "evaluate dense")
         pruned = self._perplexity(self.materialize(plan).module, batches, "evaluate pruned")
         return quality_report(dense, pruned, batches, held_out.source)
 
-    def _perplexity(self, module: PreTrainedModel, batches: TokenBatches, stage: str) -> Perplexity:
-        return perplexity(module, batches, progress=self._stage(stage))
+    def _perplexity(self, module: nn.Module, batches: TokenBatches, stage: str) -> Perplexity:
+        return perplexity(cast("PreTrainedModel", module), batches, progress=self._stage(stage))
 
     def _sizes(self) -> dict[str, Any]:
         """Parameter counts that a speedup's ceiling is worked out from."""
-        head = self.model.get_output_embeddings()
-        layers = layer_stack(self.model).layers
+        find_head = getattr(self.model, "get_output_embeddings", lambda: None)
+        head = find_head()
+        layers = self.stack.layers
         return {
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "layer_parameters": [sum(p.numel() for p in layer.parameters()) for layer in layers],
@@ -259,6 +284,21 @@ class Compressor:
                 f"max_parameters={max_parameters} cannot be met; embeddings, head and one layer alone have {least} of "
                 f"{sizes['parameters']}; pass max_parameters>={least}"
             )
+
+    def _check_measurable(self) -> None:
+        """Refuse, before any work, to measure what the calibration pass cannot."""
+        require_next_token_loss(self.model)
+        if self.stack.shares_one_module:
+            raise UnsupportedModelError(
+                f"the layers of {type(self.model).__name__} are one module run {self.n_layers} times; there is nothing "
+                "to choose between; name the layers yourself: plan MODEL --drop-layers 2,5 (Compressor.plan_by_hand)"
+            )
+
+    def _with_changes(self, plan: PruningPlan) -> PruningPlan:
+        """``plan`` with the stack it counts in and what it changes in the configuration, for a person to review."""
+        changes = adapter_for(self.model).changes(self.model, self.stack, plan.keep)
+        stack = None if self.stack.path == layer_stack(self.model).path else self.stack.path
+        return replace(plan, stack=stack, config_changes=tuple(change.to_json() for change in changes))
 
     def _encoded(self) -> TokenBatches:
         if self._batches is None:
@@ -279,10 +319,3 @@ class Compressor:
         if report is None:
             return None
         return lambda done, total: report(name, done, total)
-
-
-def _window(model: PreTrainedModel) -> int | None:
-    """The sliding window, if any layer has one."""
-    window = getattr(model.config, "sliding_window", None)
-    slides = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
-    return window if slides and isinstance(window, int) else None

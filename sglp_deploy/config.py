@@ -71,6 +71,7 @@ _TABLES: dict[str, dict[str, str]] = {
         "batch_size": "batch_size",
         "rows": "rows",
         "skip_positions": "skip_positions",
+        "preserve_pattern": "preserve_pattern",
     },
     "export": {"to": "to"},
     "bench": {"workload": "workload"},
@@ -105,6 +106,7 @@ class RunConfig:
     batch_size: int = 4
     rows: str = "rms"
     skip_positions: int = 1
+    preserve_pattern: bool = False
     to: tuple[str, ...] = ("onnx",)
     workload: str = "demo"
     text: str | None = None

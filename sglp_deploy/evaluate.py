@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from sglp_deploy.adapters.samples import require_next_token_loss
 from sglp_deploy.calibration import TokenBatches
 from sglp_deploy.errors import CalibrationError
 
@@ -65,8 +66,10 @@ def perplexity(
         progress: Called with (minibatches done, minibatches in all).
 
     Raises:
+        UnsupportedModelError: If the model predicts no next token.
         CalibrationError: If the loss is not finite, too large for a perplexity, or no token is predicted.
     """
+    require_next_token_loss(model)
     nats, predictions = [], []
     for done, (ids, mask) in enumerate(batches):
         tokens = torch.from_numpy(ids).to(model.device)

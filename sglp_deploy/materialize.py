@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from sglp_deploy import _io
-from sglp_deploy.adapters import LayerStack, ModelSource, layer_stack, pruned_config, quiet_libraries
+from sglp_deploy.adapters import FAMILIES, LayerStack, ModelSource, adapter_for, layer_stack, quiet_libraries
+from sglp_deploy.adapters.proof import check_rebuild, prove
+from sglp_deploy.adapters.settings import check_settings
 from sglp_deploy.artifact import PLAN_FILE
-from sglp_deploy.errors import ArtifactError, UnsupportedModelError
+from sglp_deploy.errors import ArtifactError
 from sglp_deploy.plan import PruningPlan
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+# Configurations work these out of the depth themselves.
+_FOLLOW_DEPTH = {"stage_names", "out_features", "out_indices"}
 
 
 @dataclass(frozen=True)
@@ -32,15 +36,14 @@ class CompressedModel:
         tokenizer: Travels along into checkpoints; None when the model has none.
     """
 
-    module: PreTrainedModel
+    module: nn.Module
     plan: PruningPlan
     source: ModelSource
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def __post_init__(self) -> None:
-        stack = layer_stack(self.module)
-        if stack.n_layers != len(self.plan.keep):
-            raise ValueError(f"module has {stack.n_layers} layers, the plan keeps {len(self.plan.keep)}")
+        if self.stack.n_layers != len(self.plan.keep):
+            raise ValueError(f"module has {self.stack.n_layers} layers, the plan keeps {len(self.plan.keep)}")
 
     @property
     def n_layers(self) -> int:
@@ -50,7 +53,7 @@ class CompressedModel:
     @property
     def stack(self) -> LayerStack:
         """The kept layers."""
-        return layer_stack(self.module)
+        return layer_stack(self.module, self.plan.stack)
 
     @property
     def n_parameters(self) -> int:
@@ -59,13 +62,16 @@ class CompressedModel:
 
 
 def materialize(
-    module: PreTrainedModel,
+    module: nn.Module,
     plan: PruningPlan,
     source: ModelSource,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> CompressedModel:
     """Realise ``plan`` on ``module`` without touching it: no weight is copied, no layer of the original is altered.
+
+    A family whose facts are not declared is let through only when a model rebuilt from the new configuration computes
+    what the original computes with the removed layers passed over.
 
     Args:
         module: The unpruned model.
@@ -75,51 +81,64 @@ def materialize(
 
     Raises:
         PlanError: If the plan was made for another model.
-        UnsupportedModelError: If the model's family is not supported.
+        UnsupportedModelError: If no adapter knows the model, a layer to remove must stay, or the proof fails.
+        ArtifactError: If a kept layer's settings and the new configuration disagree, which is a bug.
     """
-    stack = layer_stack(module)
+    stack = layer_stack(module, plan.stack)
     plan.check_model(source.fingerprint, stack.n_layers)
-    return CompressedModel(select_layers(module, plan.keep), plan, source, tokenizer)
+    stack.check_removable(plan.drop)
+    pruned = select_layers(module, plan.keep, plan.stack)
+    changes = adapter_for(module).changes(module, stack, plan.keep)
+    _check_configuration(module, pruned, [change.entry for change in changes])
+    config: Any = getattr(module, "config", None)
+    if plan.drop and adapter_for(module).name == "transformers":
+        if config.model_type not in FAMILIES:  # first: of what nobody declared, a difference is no bug
+            prove(module, pruned, stack, plan.keep)
+        check_rebuild(pruned, plan.stack)
+    return CompressedModel(pruned, plan, source, tokenizer)
 
 
-def select_layers(module: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
+def _check_configuration(module: nn.Module, pruned: nn.Module, entries: Sequence[str]) -> None:
+    """Refuse a pruned model whose configuration differs in more than the entries that were meant to change.
+
+    Raises:
+        ArtifactError: Naming the first such entry.
+    """
+    before, after = (dict(_entries(adapter_for(module).facts(each))) for each in (module, pruned))
+    for name in sorted(before.keys() | after.keys()):
+        meant = name in _FOLLOW_DEPTH or any(name == entry or name.startswith(f"{entry}.") for entry in entries)
+        if not meant and before.get(name) != after.get(name):
+            raise ArtifactError(
+                f"pruning changed {name} of the configuration from {before.get(name)!r} to {after.get(name)!r}; it has "
+                "nothing to do with layers; report this as a bug"
+            )
+
+
+def _entries(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of nested settings."""
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from _entries(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def select_layers(module: nn.Module, keep: Sequence[int], stack: str | None = None) -> nn.Module:
     """A model made of the layers ``keep`` of ``module``, in that order, sharing every tensor with it.
-
-    The modules are copied (a layer holds its own index, and that must change), the tensors are not.
 
     Args:
         module: The model to take layers from.
         keep: Old indices; a repeated index gives two layers with the same weights.
+        stack: Which stack, for a model that has several; the first when omitted.
     """
-    stack = layer_stack(module)
-    config = pruned_config(module.config, keep)
-    # deepcopy consults this memo first: tensors map to themselves, and every reference to the old configuration,
-    # wherever in the tree it sits, becomes the new one.
-    shared: dict[int, Any] = {id(module.config): config}
-    for tensor in (*module.parameters(), *module.buffers()):
-        shared[id(tensor)] = tensor
-    layers = [_copy_layer(stack.layers[old], shared, new) for new, old in enumerate(keep)]
-    # The old layers are left out of the copy of the rest; a fresh list takes their place.
-    shared[id(module.get_submodule(stack.path))] = torch.nn.ModuleList(layers)
-    pruned: PreTrainedModel = copy.deepcopy(module, shared)
-    return pruned.eval()
-
-
-def _copy_layer(layer: torch.nn.Module, shared: dict[int, Any], index: int) -> torch.nn.Module:
-    # A memo of its own for each layer: a layer that appears twice must be copied twice.
-    new = copy.deepcopy(layer, dict(shared))
-    for part in new.modules():
-        # transformers keeps layer_idx inside each attention; renumber, or the KV cache is addressed past its end.
-        if isinstance(getattr(part, "layer_idx", None), int):
-            part.layer_idx = index  # type: ignore[assignment]  # Module.__setattr__ is typed for tensors and modules
-    return new
+    return adapter_for(module).select(module, layer_stack(module, stack), keep)
 
 
 def save_checkpoint(model: CompressedModel, out_dir: str | Path) -> Path:
-    """Write ``model`` as an ordinary Hugging Face folder with tokenizer, chat template, generation config and plan.
+    """Write ``model`` as a checkpoint its own library loads, with tokenizer, generation config and plan.
 
     The folder is complete or absent.  Before it gets its name it is loaded again and every tensor compared bit for
-    bit, so a checkpoint that exists is one that loads.
+    bit, and every setting of every layer, so a checkpoint that exists is one that loads and means the same.
 
     Raises:
         StorageError: If the disk is full or the folder cannot be written.
@@ -133,31 +152,33 @@ def save_checkpoint(model: CompressedModel, out_dir: str | Path) -> Path:
 
 def write_checkpoint_files(model: CompressedModel, folder: Path) -> None:
     """Fill ``folder`` with the checkpoint and check that it loads back; for exporters that stage their own folder."""
-    config = model.module.config
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        raise UnsupportedModelError(
-            "the model's weights are quantised; slicing them into a plain checkpoint would mislabel them; "
-            "load an unquantised checkpoint"
-        )
-    with quiet_libraries():
-        model.module.save_pretrained(folder)
-        if model.tokenizer is not None:
+    adapter_for(model.module).save(model.module, folder)
+    if model.tokenizer is not None:
+        with quiet_libraries():
             model.tokenizer.save_pretrained(folder)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes through a private temporary file
     model.plan.save(folder / PLAN_FILE)
-    _check_reload(model, folder)
+    check_reload(model, folder)
 
 
-def _check_reload(model: CompressedModel, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM
+def check_reload(model: CompressedModel, folder: Path) -> None:
+    """Load the checkpoint in ``folder`` with its own library and compare it with ``model``: tensors and settings.
 
-    with quiet_libraries():
-        again, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    faults = {key: sorted(map(str, value)) for key, value in report.items() if value}
-    if faults:
-        raise ArtifactError(f"the checkpoint does not load cleanly; {json.dumps(faults)}; report this as a bug")
+    Raises:
+        ArtifactError: If it does not load cleanly, an entry of the configuration or a bit of a tensor differs, or a
+            layer is rebuilt otherwise.
+    """
+    adapter = adapter_for(model.module)
+    again = adapter.load(folder)
+    read, wanted = (dict(_entries(adapter.facts(module))) for module in (again, model.module))
+    for name in sorted(read.keys() | wanted.keys()):
+        # An entry that was taken away (it contradicted the kept layers) comes back as the library's default.
+        if wanted.get(name) is not None and read.get(name) != wanted[name]:
+            raise ArtifactError(
+                f"{name} of the configuration changed on the way to disk from {wanted[name]!r} to "
+                f"{read.get(name)!r}; the checkpoint would mean something else; report this as a bug"
+            )
     written, meant = again.state_dict(), model.module.state_dict()
     different = sorted(
         name
@@ -172,3 +193,4 @@ def _check_reload(model: CompressedModel, folder: Path) -> None:
             f"{len(different)} tensors changed on the way to disk, first {different[0]}; the checkpoint would compute "
             "something else; report this as a bug"
         )
+    check_settings(layer_stack(again, model.plan.stack).layers, model.stack.layers)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
@@ -18,7 +18,14 @@ import numpy as np
 
 from sglp_deploy import _io
 from sglp_deploy._names import unknown_name
-from sglp_deploy.budget import Budget, check_segments, kept, select_drops, select_drops_for_parameters
+from sglp_deploy.budget import (
+    Budget,
+    check_segments,
+    kept,
+    select_drops,
+    select_drops_for_parameters,
+    select_groups,
+)
 from sglp_deploy.errors import ArtifactError, ConfigError, PlanError
 from sglp_deploy.statistics import LayerStats
 
@@ -28,6 +35,7 @@ __all__ = [
     "Planner",
     "PlannerOptions",
     "PruningPlan",
+    "by_hand_plan",
     "keep_all_plan",
     "make_plan",
     "planner_names",
@@ -35,7 +43,8 @@ __all__ = [
     "select_drops",
 ]
 
-SCHEMA: Final = "plan/1"  # history: 1 = first
+SCHEMA: Final = "plan/2"  # history: 1 = first; 2 = stack, config_changes
+_ADDED_IN_2: Final[Mapping[str, Any]] = {"stack": None, "config_changes": ()}  # what a plan/1 means by saying nothing
 
 # Named, not imported: planners stand above this module and import it.
 PLANNERS: Final[Mapping[str, str]] = {"sglp": "sglp_deploy.planners.sglp:plan_layers"}
@@ -55,6 +64,7 @@ class PlannerOptions:
         estimator: CKA estimator (see :data:`sglp_deploy.similarity.ESTIMATORS`).
         quota: "global" or "proportional".
         seed: For methods that draw at random.
+        groups: Layers that can only go together (whole periods of a pattern), or empty.
     """
 
     criterion: str = "grad-norm"
@@ -63,6 +73,7 @@ class PlannerOptions:
     estimator: str = "unbiased"
     quota: str = "proportional"
     seed: int = 0
+    groups: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,9 @@ class PruningPlan:
         versions: Versions of what made the plan; not part of its digest.
         elapsed_s: Wall time by stage; not part of its digest.
         options: What the planner was asked and how the statistics were taken.
+        stack: Path of the layer stack the numbers count in; None for the model's first.
+        config_changes: Configuration entries that removing the layers changes, or that nobody knows the meaning of:
+            ``{"entry", "before", "after", "rule"}``.
 
     Raises:
         PlanError: If the fields contradict each other.
@@ -144,6 +158,8 @@ class PruningPlan:
     versions: Mapping[str, str] = field(default_factory=dict)
     elapsed_s: Mapping[str, float] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    stack: str | None = None
+    config_changes: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         fault = _fault(self)
@@ -162,6 +178,8 @@ class PruningPlan:
             ArtifactError: If the schema is unknown, or a field is missing, unknown or mistyped.
             PlanError: If the fields contradict each other.
         """
+        if value.get("schema") == "plan/1":
+            value = {**_ADDED_IN_2, **value, "schema": SCHEMA}
         if value.get("schema") != SCHEMA:
             raise ArtifactError(
                 f"the plan has schema {value.get('schema')!r}; this version reads {SCHEMA!r}; make the plan again"
@@ -186,6 +204,7 @@ class PruningPlan:
                 facts[name] = dict(facts[name])
             for name in ("calibration", "compensation"):
                 facts[name] = None if facts[name] is None else dict(facts[name])
+            facts["config_changes"] = tuple(dict(change) for change in facts["config_changes"])
         except (TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"a field of the plan has the wrong type; {error}; make the plan again") from error
         return cls(**facts)
@@ -206,11 +225,15 @@ class PruningPlan:
             ArtifactError: If the file is missing, not JSON, of an unknown schema, or malformed.
             PlanError: If the plan contradicts itself.
         """
-        return cls.from_json(_io.read_json(Path(path), "plan"))
+        return cls.from_json(_io.read_json(Path(path), "plan", (1, 2)))
 
     def digest(self) -> str:
         """SHA-256 of the plan without its wall times and versions: equal decisions have equal digests."""
-        return _io.sha256_json({k: v for k, v in self.to_json().items() if k not in ("elapsed_s", "versions")})
+        value = {k: v for k, v in self.to_json().items() if k not in ("elapsed_s", "versions")}
+        if all(getattr(self, name) == nothing for name, nothing in _ADDED_IN_2.items()):
+            # Artifacts written under plan/1 name their plan by this digest, and must go on being verified.
+            value = {k: v for k, v in value.items() if k not in _ADDED_IN_2} | {"schema": "plan/1"}
+        return _io.sha256_json(value)
 
     def check_model(self, fingerprint: str, n_layers: int, model_id: str = "") -> None:
         """Refuse to be applied to another model than the one the plan was made for.
@@ -237,6 +260,7 @@ def make_plan(
     profile: str = "row_sum",
     estimator: str = "unbiased",
     quota: str = "proportional",
+    groups: tuple[tuple[int, ...], ...] = (),
     model: Mapping[str, Any],
     calibration: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -254,6 +278,7 @@ def make_plan(
         profile: "row_sum" or "rows" of the similarity matrix.
         estimator: CKA estimator: "unbiased", "biased" or "mean_of_ratios".
         quota: "global" or "proportional".
+        groups: Layers that can only go together (see :func:`sglp_deploy.patterns.pattern_groups`), or empty.
         model: ``{"id", "fingerprint", "config_digest", "gguf_file"}`` of the model.
         calibration: Facts of the calibration set, its ``digest`` above all; counts come from ``stats``.
         seed: Recorded, and given to planners that draw.
@@ -265,8 +290,14 @@ def make_plan(
         PlanError: If the budget cannot be met.
         CalibrationError: If the statistics cannot support a plan.
     """
-    options = PlannerOptions(criterion, n_segments, profile, estimator, quota, seed)
+    options = PlannerOptions(criterion, n_segments, profile, estimator, quota, seed, groups)
     decision = _planner(method)(stats, budget, options)
+    together = {layer for group in groups if set(group) <= set(decision.drop) for layer in group}
+    if groups and together != set(decision.drop):
+        raise PlanError(
+            f"the planner {method!r} removed layers {sorted(set(decision.drop) - together)} alone, whose pattern has "
+            "to stay; it does not support preserve_pattern; choose another method"
+        )
     counts = {"n_samples": stats.n_samples, "n_tokens": stats.n_tokens, "n_rows": stats.n_rows}
     return PruningPlan(
         method=method,
@@ -291,7 +322,8 @@ def make_plan(
             "profile": profile,
             "estimator": estimator,
             "statistics": dict(stats.options),
-        },
+        }
+        | ({"groups": [list(group) for group in groups]} if groups else {}),
     )
 
 
@@ -323,16 +355,60 @@ def keep_all_plan(
     )
 
 
+def by_hand_plan(
+    n_layers: int,
+    drop: Sequence[int],
+    model: Mapping[str, Any],
+    *,
+    stack: str | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> PruningPlan:
+    """The plan of method "by-hand": a person names the layers to remove; needs no statistics.
+
+    Raises:
+        PlanError: If a layer is named twice, is outside 0..L-1, or none would stay.
+    """
+    layers = sorted(drop)
+    if len(set(layers)) != len(layers) or not set(layers) <= set(range(n_layers)) or len(layers) >= n_layers:
+        raise PlanError(
+            f"layers {layers} cannot be removed; each must be named once, lie in 0..{n_layers - 1}, and one must stay; "
+            "correct the list"
+        )
+    plain = keep_all_plan(n_layers, model, versions=versions)
+    return replace(
+        plain,
+        method="by-hand",
+        keep=kept(n_layers, layers),
+        drop=tuple(layers),
+        budget=Budget(drop=len(layers)).to_json(),
+        stack=stack,
+    )
+
+
 def resolve_drops(
-    scores: Any, segments: tuple[tuple[int, int], ...], stats: LayerStats, budget: Budget, quota: str = "global"
+    scores: Any,
+    segments: tuple[tuple[int, int], ...],
+    stats: LayerStats,
+    budget: Budget,
+    quota: str = "global",
+    groups: tuple[tuple[int, ...], ...] = (),
 ) -> tuple[int, ...]:
     """Layers to remove for any kind of budget, in the order they go (see :func:`select_drops`).
+
+    With ``groups`` whole groups go (see :func:`sglp_deploy.budget.select_groups`), and ``quota`` has no say.
 
     Raises:
         PlanError: If the segments and the unprunable layers do not allow the budget.
         ConfigError: If the quota is unknown.
     """
     n_drop = budget.n_drop(stats.n_layers)
+    if groups:
+        if n_drop is None:
+            raise PlanError(
+                "max_parameters cannot be combined with preserve_pattern; whole periods go, by number of layers; pass "
+                "drop or keep"
+            )
+        return select_groups(scores, segments, groups, n_drop)
     if n_drop is not None:
         return select_drops(scores, segments, stats.prunable, n_drop, quota)
     assert budget.max_parameters is not None  # the only budget whose count the ranking decides

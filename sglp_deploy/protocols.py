@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Runner(Protocol):
-    """Something that executes a model; a context manager that owns its device between enter and exit."""
+    """Something that executes a model; a context manager that owns its device between enter and exit.
+
+    A runner may also have ``description`` (what ran, for certificates) and ``stands_in_for``: the format's name, when
+    it executes the artifact in place of the runtime the format is made for; then it is verified, never benchmarked.
+    """
 
     def __enter__(self) -> Runner:
         """Load the model and make it ready to run."""
@@ -87,6 +91,10 @@ class Exporter(Protocol):
     ``open`` accepts at least the keyword options ``device`` ("cpu", "cuda", "cuda:1") and ``threads`` (int or None).
     An exporter that cannot write every element type may have ``check_precision(precision: str) -> None``, which raises
     :class:`sglp_deploy.errors.ConfigError`; a run asks it before it plans.
+
+    An exporter says whether its runtime reads ``layer_types`` by ``layer_type_formula(model_type: str)``: None when it
+    does, else a function from a layer's number to the type the runtime takes it for.  One without this method is
+    refused for a plan that breaks a pattern of layer types (:func:`sglp_deploy.patterns.check_layer_types`).
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -9,22 +10,43 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from sglp_deploy.errors import BackendError
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache
+
+_MAIN_OUTPUTS = ("logits", "last_hidden_state")
+
+
+def main_output(output: Any) -> tuple[str, torch.Tensor]:
+    """What a model is run for, with its name: its logits, else its last hidden state, else the one tensor ("output").
+
+    Raises:
+        BackendError: If it returns none of these.
+    """
+    if isinstance(output, torch.Tensor):
+        return "output", output
+    for name in _MAIN_OUTPUTS:
+        value = getattr(output, name, None)
+        if isinstance(value, torch.Tensor):
+            return name, value
+    raise BackendError(
+        f"the model returned {type(output).__name__}, which has none of {', '.join(_MAIN_OUTPUTS)}; which of its "
+        "tensors to compare is not known; wrap the model so that it returns one tensor"
+    )
 
 
 class TorchRunner:
-    """Runs a causal language model in eager PyTorch with transformers' own key-value cache.
+    """Runs any model forward in eager PyTorch, and a causal language model with transformers' own key-value cache.
 
     Args:
         model: The model, on its device; it is not copied.  None in a subclass that loads it on entry.
         threads: Threads within one operator, or None to leave PyTorch's setting.
     """
 
-    def __init__(self, model: PreTrainedModel | None, *, threads: int | None = None) -> None:
+    def __init__(self, model: nn.Module | None, *, threads: int | None = None) -> None:
         self._model = model
         self._threads = threads
         self._threads_before: int | None = None
@@ -49,16 +71,19 @@ class TorchRunner:
             self._threads_before = None
 
     def forward(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run without a cache on ``input_ids`` and, if given, ``attention_mask``; returns ``logits``."""
+        """Run without a cache on named inputs, real numbers cast to the weights' type; see :func:`main_output`."""
         model = self._live()
-        tensors = {name: torch.as_tensor(value).to(model.device) for name, value in inputs.items()}
+        weight = next(model.parameters())
+        tensors = {name: torch.as_tensor(value).to(weight.device) for name, value in inputs.items()}
+        tensors |= {name: value.to(weight.dtype) for name, value in tensors.items() if value.is_floating_point()}
+        options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         with torch.inference_mode():
-            logits = model(**tensors, use_cache=False).logits
-        return {"logits": logits.float().cpu().numpy()}
+            name, value = main_output(model(**tensors, **options))
+        return {name: value.float().cpu().numpy()}
 
     def synchronize(self) -> None:
         """Wait for the device; results on a CPU exist when a call returns."""
-        device = self._live().device
+        device = _device(self._live())
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
@@ -72,8 +97,8 @@ class TorchRunner:
         """See :class:`sglp_deploy.protocols.GeneratingRunner`."""
         from transformers import DynamicCache
 
-        model = self._live()
-        ids = torch.as_tensor(input_ids).to(model.device)
+        model: Any = self._live()
+        ids = torch.as_tensor(input_ids).to(_device(model))
         mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask).to(ids.device)
         self._cache = DynamicCache(config=model.config)
         self._mask = mask
@@ -85,7 +110,7 @@ class TorchRunner:
         """See :class:`sglp_deploy.protocols.GeneratingRunner`."""
         if self._mask is None:
             raise BackendError("decode was called before prefill; there is no cache to continue; call prefill first")
-        ids = torch.as_tensor(token_ids).to(self._live().device).reshape(-1, 1)
+        ids = torch.as_tensor(token_ids).to(_device(self._live())).reshape(-1, 1)
         self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
         positions = self._mask.sum(-1, keepdim=True) - 1
         return self._run(ids, positions, keep=1)[:, -1]
@@ -103,7 +128,11 @@ class TorchRunner:
         logits: NDArray[np.float32] = output.logits.float().cpu().numpy()
         return logits
 
-    def _live(self) -> PreTrainedModel:
+    def _live(self) -> nn.Module:
         if self._model is None:
             raise BackendError("the runner is not active; its model is loaded by 'with'; use it as a context manager")
         return self._model
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -19,8 +19,12 @@ GROUP = "sglp_deploy.exporters"
 
 _BUILTIN = {
     "onnx": "sglp_exporters.onnx:OnnxExporter",
+    "openvino": "sglp_exporters.openvino:OpenVinoExporter",
+    "ort-genai": "sglp_exporters.ort_genai:OrtGenaiExporter",
+    "tensorrt": "sglp_exporters.tensorrt:TensorRTExporter",
+    "tensorrt-kit": "sglp_exporters.tensorrt:TensorRTKitExporter",
     "torch": "sglp_exporters.checkpoint:TorchExporter",
-    "vllm": "sglp_exporters.checkpoint:VllmExporter",
+    "vllm": "sglp_exporters.vllm:VllmExporter",
 }
 
 

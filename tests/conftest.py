@@ -8,6 +8,8 @@ import os
 import pytest
 import torch
 
+# An environment on the machine that runs the tests must not change what they run.
+os.environ["SGLP_DEPLOY_HOME"] = os.path.join(os.path.dirname(__file__), "no-environments-here")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test may need a connection
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -22,8 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from sglp_deploy.adapters import LoadedModel, ModelSource, fingerprint, quiet_libraries
-from sglp_deploy.adapters.loading import config_digest
+from sglp_deploy.adapters import LoadedModel, ModelSource, layer_stack, quiet_libraries, source_of
 from sglp_deploy.plan import PruningPlan
 
 FAMILIES = ("llama", "llama-untied", "qwen2", "qwen3", "gemma3")
@@ -117,9 +117,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def source(module: PreTrainedModel, name: str = "tiny") -> ModelSource:
+def source(module: nn.Module, name: str = "tiny") -> ModelSource:
     """The identity of a model that was never on disk."""
-    return ModelSource(name, fingerprint(module), config_digest(module.config))
+    return source_of(module, name)
 
 
 def loaded(family: str = "llama", *, seed: int = 0, **changes: Any) -> LoadedModel:
@@ -136,9 +136,9 @@ def save_tiny(folder: Path, family: str = "llama", *, seed: int = 0, **changes: 
     return folder
 
 
-def plan_for(module: PreTrainedModel, keep: tuple[int, ...]) -> PruningPlan:
+def plan_for(module: nn.Module, keep: tuple[int, ...], *, stack: str | None = None) -> PruningPlan:
     """A plan that keeps ``keep`` of ``module``, as if a user had chosen the layers."""
-    depth = module.config.num_hidden_layers
+    depth = layer_stack(module, stack).n_layers
     return PruningPlan(
         method="by-hand",
         n_layers=depth,
@@ -152,4 +152,5 @@ def plan_for(module: PreTrainedModel, keep: tuple[int, ...]) -> PruningPlan:
         quota=None,
         budget={"keep": len(keep)},
         model=source(module).to_json(),
+        stack=stack,
     )

@@ -235,7 +235,7 @@ def _optional(path: Path, kind: str | None = None) -> Json | None:
     if not path.is_file():
         return None
     if kind:
-        return _io.read_json(path, kind)
+        return _io.read_json(path, kind, (1, 2) if kind == "plan" else (1,))
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

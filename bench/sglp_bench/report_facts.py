@@ -323,7 +323,7 @@ def _memory_card(add: Callable[..., None], main: Json, label: str, rungs: Sequen
 
 
 def missing(report: Mapping[str, Any]) -> list[str]:
-    """A sentence for each thing a full report holds and this one does not."""
+    """A sentence for each stage that failed, and for each thing a full report holds and this one does not."""
     plan, measured = section(report, "plan"), report["measurements"]
     wanted = (
         (plan, "plan: not given, so nothing is said about which layers were removed"),
@@ -336,4 +336,6 @@ def missing(report: Mapping[str, Any]) -> list[str]:
         (report.get("quality"), "quality: perplexity before and after was not evaluated"),
         (report.get("provenance"), "provenance: versions, machine and command were not recorded"),
     )
-    return [sentence for value, sentence in wanted if not value]
+    stages = section(report, "provenance").get("stages") or []
+    failed = [f"{stage.get('name')} failed: {stage.get('note')}" for stage in stages if stage.get("state") == "failed"]
+    return failed + [sentence for value, sentence in wanted if not value]

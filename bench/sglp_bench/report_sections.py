@@ -192,7 +192,7 @@ def missing_section(report: Mapping[str, Any]) -> str:
         return ""
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in report["missing"])
     panel = f'<div class="panel"><ul class="notes">{items}</ul></div>'
-    return f'<section id="missing"><h2>What was not measured</h2>{panel}</section>'
+    return f'<section id="missing"><h2>What failed or was not measured</h2>{panel}</section>'
 
 
 def subtitle(report: Mapping[str, Any]) -> str:

@@ -63,6 +63,12 @@ def run_block(spec: Mapping[str, Any]) -> dict[str, Any]:
     start = block_conditions(workload.device)
     loading = time.perf_counter()
     with exporter.open(artifact, device=workload.device, threads=workload.threads) as runner:
+        stands_in_for = getattr(runner, "stands_in_for", None)
+        if stands_in_for:
+            raise BenchmarkError(
+                f"what runs on {workload.device} is {getattr(runner, 'description', type(runner).__name__)}; a time of "
+                f"it would be filed under {stands_in_for}; benchmark on the device the artifact is for"
+            )
         runner.synchronize()
         load_s = time.perf_counter() - loading
         if not isinstance(runner, GeneratingRunner):

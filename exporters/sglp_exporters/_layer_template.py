@@ -22,53 +22,36 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
-from torch import nn
 
 from sglp_deploy import _io
 from sglp_deploy.adapters import layer_stack, pruned_config
-from sglp_deploy.adapters.loading import config_facts
-from sglp_deploy.errors import BackendError
+from sglp_deploy.adapters.hub import config_facts
+from sglp_deploy.adapters.per_layer import INDEX_LISTS, PREFIX_COUNTS, SUPERSEDED
+from sglp_deploy.adapters.settings import layer_settings
+from sglp_deploy.errors import BackendError, UnsupportedModelError
 from sglp_deploy.materialize import select_layers
 from sglp_exporters._decoder_trace import trace_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_CACHE_NAME = re.compile(r"^(?:input|output)\.past_key_values\.layers\.(\d+)\.(keys|values)$")
-_SCALARS = (bool, int, float, str, type(None))
+CACHE_NAME = re.compile(r"^(?:input|output)\.past_key_values\.layers\.(\d+)\.(keys|values)$")
 # Read only sizes of their input, so they do not make their output depend on its content.
 _SIZE_OPS = {"Shape", "Size"}
 
 BATCH, SEQUENCE, PAST, TOTAL, KEPT = "batch", "sequence", "past_sequence", "total_sequence", "kept_logits"
 
 
-def layer_kind(layer: nn.Module) -> tuple[Any, ...]:
-    """What decides a layer's graph: module classes, parameter shapes and every plain setting, its index excepted.
-
-    Two layers of one kind trace to the same nodes.  Settings are read off the module itself (sliding or full
-    attention, scaling, rotary or not), so no table of families is needed.
-    """
-    settings = []
-    for path, module in layer.named_modules():
-        plain = {
-            name: value
-            for name, value in vars(module).items()
-            if isinstance(value, _SCALARS) and name not in ("layer_idx", "training") and not name.startswith("_")
-        }
-        shapes = {
-            name: (tuple(parameter.shape), str(parameter.dtype))
-            for name, parameter in module.named_parameters(recurse=False)
-        }
-        settings.append((path, type(module).__qualname__, repr(sorted(plain.items())), repr(sorted(shapes.items()))))
-    return tuple(settings)
+class UncutError(BackendError):
+    """The layers of this model do not follow one another as copies would; its graph must be traced whole."""
 
 
 def _frame(module: PreTrainedModel) -> str:
     """What decides the graph around the layers: the configuration without depth, and the tensors outside them."""
     stack = layer_stack(module)
     config = config_facts(pruned_config(module.config, [0]))
-    for name in ("layer_types", "max_window_layers"):
-        config.pop(name, None)
+    for name in ("layer_types", "mlp_layer_types", "no_rope_layers", *PREFIX_COUNTS, *INDEX_LISTS, *SUPERSEDED):
+        config.pop(name, None)  # about the layers, and those are compared themselves
     outside = [
         (name, tuple(tensor.shape), str(tensor.dtype))
         for name, tensor in module.state_dict().items()
@@ -122,18 +105,22 @@ class LayerTemplate:
         """Trace one layer of each kind of ``module``.
 
         Raises:
-            BackendError: If torch or ONNX cannot trace the model, or the trace cannot be cut into layers.
+            BackendError: If torch or ONNX cannot trace the model.
+            UncutError: If the trace cannot be cut into layers that repeat.
         """
         stack = layer_stack(module)
         first_of_kind: dict[tuple[Any, ...], int] = {}
         for index, layer in enumerate(stack.layers):
-            first_of_kind.setdefault(layer_kind(layer), index)
+            first_of_kind.setdefault(layer_settings(layer), index)
         chosen = [0, *first_of_kind.values()]
-        small = select_layers(module, chosen)
+        try:
+            small = select_layers(module, chosen)
+        except UnsupportedModelError as error:
+            raise UncutError(f"its layers cannot stand in another order; {error}") from error
         # Layer 0 stands in the trace twice; with tensors of its own, or the tracer would name one after the other.
-        traced_layers = small.get_submodule(stack.path)
+        traced_layers: Any = small.get_submodule(stack.path)
         traced_layers[0] = copy.deepcopy(traced_layers[0])
-        kinds = [layer_kind(stack.layers[index]) for index in chosen]
+        kinds = [layer_settings(stack.layers[index]) for index in chosen]
         parameters = {name for name, _ in small.named_parameters(remove_duplicate=False)}
         return cls(trace_decoder(small), kinds, stack.path, parameters, _frame(module))
 
@@ -144,7 +131,7 @@ class LayerTemplate:
 
     def covers(self, module: PreTrainedModel) -> bool:
         """Whether :meth:`assemble` can write the graph of ``module``: same frame, no kind of layer left untraced."""
-        kinds = {layer_kind(layer) for layer in layer_stack(module).layers}
+        kinds = {layer_settings(layer) for layer in layer_stack(module).layers}
         return self._frame == _frame(module) and kinds <= set(self._regions)
 
     # ------------------------------------------------------------------------------------------------ cutting
@@ -154,6 +141,7 @@ class LayerTemplate:
         self._share_cache_length(graph)
         nodes = list(graph)
         content = self._content_dependent(graph, nodes)
+        layer_of = self._layers_of(nodes)
         place: dict[ir.Node, int | str] = {}
 
         def origin(value: ir.Value) -> int | str:
@@ -165,12 +153,12 @@ class LayerTemplate:
                 attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
                 for attribute in node.attributes.values()
             ):
-                raise BackendError(
+                raise UncutError(
                     f"node {node.name} ({node.op_type}) of the traced layer holds a subgraph; such layers cannot be "
                     "repeated; report the model family"
                 )
             inputs = [value for value in node.inputs if value is not None]
-            layer = self._layer_of(node)
+            layer = layer_of[node]
             behind = {origin(value) for value in inputs} - {"prefix"}
             if layer is None:
                 place[node] = "suffix" if behind else "prefix"
@@ -202,19 +190,19 @@ class LayerTemplate:
                 value for value in own if any(place[user] != index for user, _ in value.uses()) and value not in outputs
             }
             if len(hidden_in) != 1 or len(leaving) != 1:
-                raise BackendError(
+                raise UncutError(
                     f"layer {index} of the trace reads {len(hidden_in)} and writes {len(leaving)} hidden states; "
                     "exactly one of each can be repeated; report the model family"
                 )
             cache = {
                 match.group(2): value
                 for value in outputs
-                if (match := _CACHE_NAME.match(value.name or "")) and int(match.group(1)) == index
+                if (match := CACHE_NAME.match(value.name or "")) and int(match.group(1)) == index
             }
             regions.append(_Region(index, tuple(inside), hidden_in.pop(), leaving.pop(), cache))
         for before, after in pairwise(regions):
             if after.hidden_in is not before.hidden_out:
-                raise BackendError(
+                raise UncutError(
                     f"layer {after.index} of the trace does not read what layer {before.index} wrote; the layers are "
                     "not a plain sequence; report the model family"
                 )
@@ -224,8 +212,8 @@ class LayerTemplate:
                     raise self._uncut(node, value, "only the last layer's output may be read after the layers")
         return regions
 
-    def _uncut(self, node: ir.Node, value: ir.Value, why: str) -> BackendError:
-        return BackendError(
+    def _uncut(self, node: ir.Node, value: ir.Value, why: str) -> UncutError:
+        return UncutError(
             f"node {node.name} ({node.op_type}) reads {value.name}, which cannot be repeated: {why}; report the model "
             "family"
         )
@@ -235,11 +223,11 @@ class LayerTemplate:
         first = {
             match.group(2): value
             for value in graph.inputs
-            if (match := _CACHE_NAME.match(value.name or "")) and match.group(1) == "0"
+            if (match := CACHE_NAME.match(value.name or "")) and match.group(1) == "0"
         }
         for node in graph:
             source = node.inputs[0] if node.op_type == "Shape" else None
-            match = _CACHE_NAME.match(source.name or "") if source is not None else None
+            match = CACHE_NAME.match(source.name or "") if source is not None else None
             if match is None or source is None or source not in graph.inputs:
                 continue
             axes = range(node.attributes.get_int("start", 0), node.attributes.get_int("end", 4))
@@ -248,21 +236,34 @@ class LayerTemplate:
 
     def _content_dependent(self, graph: ir.Graph, nodes: Iterable[ir.Node]) -> set[ir.Value]:
         """Values that depend on weights or cache content: the residual stream and all inside the layers."""
-        content = {value for value in graph.inputs if _CACHE_NAME.match(value.name or "")}
+        content = {value for value in graph.inputs if CACHE_NAME.match(value.name or "")}
         content |= {value for name, value in graph.initializers.items() if name in self._parameters}
         for node in nodes:
             if node.op_type not in _SIZE_OPS and any(value in content for value in node.inputs):
                 content |= set(node.outputs)
         return content
 
-    def _layer_of(self, node: ir.Node) -> int | None:
-        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-        match = re.search(rf"'{re.escape(self._stack_path)}\.(\d+)'", scopes)
-        return int(match.group(1)) if match else None
+    def _layers_of(self, nodes: Sequence[ir.Node]) -> dict[ir.Node, int | None]:
+        """The layer whose code each node comes from, or None.
+
+        Decomposing an operator (the scatter within a mixture of experts) can lose the note of where it stood.  Such a
+        node belongs to the layer that is the only one to read it; a node read from elsewhere too stays outside.
+        """
+        found: dict[ir.Node, int | None] = {}
+        for node in reversed(nodes):
+            scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+            match = re.search(rf"'{re.escape(self._stack_path)}\.(\d+)'", scopes)
+            if match or scopes.startswith("['',"):  # '' is the model itself, the start of every whole path
+                found[node] = int(match.group(1)) if match else None
+                continue
+            readers = {found[user] for value in node.outputs for user, _ in value.uses()}
+            outside = any(value.is_graph_output() for value in node.outputs)
+            found[node] = readers.pop() if len(readers) == 1 and not outside else None
+        return found
 
     def _own_resource(self, value: ir.Value, index: int) -> bool:
         name = value.name or ""
-        match = _CACHE_NAME.match(name)
+        match = CACHE_NAME.match(name)
         if match:
             return int(match.group(1)) == index
         return value.is_initializer() and name.startswith(f"{self._stack_path}.{index}.")
@@ -294,15 +295,15 @@ class _Assembly:
         stack = layer_stack(self._module)
         shared: dict[ir.Value, ir.Value] = {}
         inputs: list[ir.Value] = []
-        sizes = _size_names(source)
+        sizes = size_names(source)
         self._sizes = sizes
         for value in source.inputs:
-            if not _CACHE_NAME.match(value.name or ""):
+            if not CACHE_NAME.match(value.name or ""):
                 shared[value] = self._copy(value, value.name)
                 inputs.append(shared[value])
         caches: list[dict[str, ir.Value]] = []
         template_caches = {value.name: value for value in source.inputs}
-        kinds = [layer_kind(layer) for layer in stack.layers]
+        kinds = [layer_settings(layer) for layer in stack.layers]
         for index, kind in enumerate(kinds):
             if kind not in template._regions:
                 raise BackendError(
@@ -383,8 +384,12 @@ class _Assembly:
         own = f"{path}.{old_index}."
         if name.startswith(own):
             name = f"{path}.{new_index}.{name.removeprefix(own)}"
+        elif name.startswith(f"{path}.") and name not in self._template._parameters and name not in self._tensors:
+            # The tracer files a constant under the first layer that uses it.  A name of its own, because the layer
+            # that gets that number here may have such a constant too.
+            name = f"constant.{name}"
         elif name.startswith(f"{path}."):
-            raise BackendError(f"a layer of the trace reads {name} of another layer; report the model family")
+            raise UncutError(f"a layer of the trace reads {name} of another layer; report the model family")
         if name not in self._initializers:
             if name in self._tensors:
                 tensor: Any = tensor_adapters.TorchTensor(self._tensors[name].detach(), name=name)
@@ -398,18 +403,22 @@ class _Assembly:
         return ir.Value(name=name, type=value.type, shape=self._shape(value.shape))
 
     def _shape(self, shape: ir.Shape | None) -> ir.Shape | None:
-        if shape is None:
-            return None
-        return ir.Shape([dim if isinstance(dim, int) else self._size(dim) for dim in shape])
+        return named_shape(shape, self._sizes)
 
-    def _size(self, dim: ir.SymbolicDim) -> int | str | None:
+
+def named_shape(shape: ir.Shape | None, names: Mapping[str, str]) -> ir.Shape | None:
+    """``shape`` with the tracer's symbols replaced by ``names``."""
+
+    def size(dim: ir.SymbolicDim) -> int | str | None:
         if dim.value is None:
             return None
-        text = re.sub(r"\bs\d+\b", lambda match: self._sizes.get(match.group(0), match.group(0)), str(dim.value))
+        text = re.sub(r"\bs\d+\b", lambda match: names.get(match.group(0), match.group(0)), str(dim.value))
         return int(text) if text.isdigit() else text  # the tracer spells some fixed sizes as symbols
 
+    return None if shape is None else ir.Shape([dim if isinstance(dim, int) else size(dim) for dim in shape])
 
-def _size_names(graph: ir.Graph) -> dict[str, str]:
+
+def size_names(graph: ir.Graph) -> dict[str, str]:
     """Readable names for the tracer's symbols, read off the inputs whose layout is known."""
     layout = {
         "input_ids": (BATCH, SEQUENCE),
@@ -419,7 +428,7 @@ def _size_names(graph: ir.Graph) -> dict[str, str]:
     names: dict[str, str] = {}
     for value in graph.inputs:
         axes: Sequence[str | None] = layout.get(value.name or "", ())
-        if _CACHE_NAME.match(value.name or ""):
+        if CACHE_NAME.match(value.name or ""):
             axes = (BATCH, None, PAST, None)
         for dim, name in zip(value.shape or (), axes, strict=False):
             if not isinstance(dim, int) and dim.value is not None and name is not None:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from sglp_deploy.adapters.base import LayerStack, ModelSource
-from sglp_deploy.adapters.decoder import SUPPORTED_MODEL_TYPES, layer_stack, pruned_config
-from sglp_deploy.adapters.loading import LoadedModel, fingerprint, load_model, precision
+from sglp_deploy.adapters.base import Adapter, ConfigChange, LayerStack, ModelSource
+from sglp_deploy.adapters.families import FAMILIES, Family
+from sglp_deploy.adapters.library import adapter_for, adapter_of_folder, layer_stack, layer_stacks
+from sglp_deploy.adapters.loading import LoadedModel, fingerprint, load_model, precision, source_of
+from sglp_deploy.adapters.per_layer import pruned_config
 from sglp_deploy.adapters.quiet import quiet_libraries
 
 __all__ = [
-    "SUPPORTED_MODEL_TYPES",
+    "FAMILIES",
+    "Adapter",
+    "ConfigChange",
+    "Family",
     "LayerStack",
     "LoadedModel",
     "ModelSource",
+    "adapter_for",
+    "adapter_of_folder",
     "fingerprint",
     "layer_stack",
+    "layer_stacks",
     "load_model",
     "precision",
     "pruned_config",
     "quiet_libraries",
+    "source_of",
 ]

@@ -5,21 +5,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from sglp_deploy import _io
 from sglp_deploy._names import may_be_hub_id, unknown_name
 from sglp_deploy.adapters.base import ModelSource
+from sglp_deploy.adapters.hub import model_class
+from sglp_deploy.adapters.library import adapter_for, adapter_of_folder
 from sglp_deploy.adapters.quiet import quiet_libraries
 from sglp_deploy.errors import ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 # Elements of each tensor that enter the fingerprint.  A trained tensor differs from another one nearly everywhere, and
 # reading all of a 70-billion-parameter model only to name it would take minutes.
@@ -27,34 +29,19 @@ _FINGERPRINT_SAMPLES = 1024
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# Entries that vary between two loads of the same model.
-_VOLATILE_CONFIG = {"_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "dtype"}
-
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model in evaluation mode, its tokenizer if it has one, and where they came from."""
+    """A model in evaluation mode, its tokenizer if it has one, and where they came from."""
 
-    module: PreTrainedModel
+    module: nn.Module
     tokenizer: PreTrainedTokenizerBase | None
     source: ModelSource
 
 
-def config_facts(config: PretrainedConfig) -> dict[str, Any]:
-    """The configuration as JSON values, without the entries that loading or saving a model may change."""
-    # Through to_json_string: it turns every value (dtypes, enums) into plain JSON.
-    value = json.loads(config.to_json_string(use_diff=False))
-    return {key: item for key, item in value.items() if key not in _VOLATILE_CONFIG}
-
-
-def config_digest(config: PretrainedConfig) -> str:
-    """SHA-256 of :func:`config_facts`."""
-    return _io.sha256_json(config_facts(config))
-
-
-def fingerprint(module: PreTrainedModel) -> str:
+def fingerprint(module: nn.Module) -> str:
     """SHA-256 over the configuration and, of every tensor, name, shape, type and 1,024 evenly spaced elements."""
-    digest = hashlib.sha256(config_digest(module.config).encode())
+    digest = hashlib.sha256(facts_digest(module).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
         flat = tensor.detach().reshape(-1)
@@ -63,9 +50,19 @@ def fingerprint(module: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def precision(module: PreTrainedModel) -> str:
+def facts_digest(module: nn.Module) -> str:
+    """SHA-256 of the configuration, without entries that a save or a load may change."""
+    return _io.sha256_json(adapter_for(module).facts(module))
+
+
+def source_of(module: nn.Module, name: str, gguf_file: str | None = None) -> ModelSource:
+    """The identity of a model in memory, under the name a user gave it."""
+    return ModelSource(name, fingerprint(module), facts_digest(module), gguf_file)
+
+
+def precision(module: nn.Module) -> str:
     """Element type of the weights in the field's short form: "fp32", "fp16", "bf16", else torch's own name."""
-    dtype = module.dtype
+    dtype = next((tensor.dtype for tensor in module.parameters() if tensor.is_floating_point()), torch.float32)
     return next((name for name, known in _DTYPES.items() if known is dtype), str(dtype).removeprefix("torch."))
 
 
@@ -77,7 +74,7 @@ def load_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> LoadedModel:
-    """Load a model from a folder, a ``.gguf`` file or a hub identifier.
+    """Load a model from a folder, a ``.gguf`` file or a hub identifier, with the class its checkpoint names.
 
     Args:
         model: A checkpoint folder, a GGUF file (dequantised to float32), or a hub identifier when online.
@@ -106,6 +103,12 @@ def load_model(
         options["gguf_file"] = gguf_file
     elif path.is_dir():
         _check_folder(path, allow_pickle)
+        adapter = adapter_of_folder(path)
+        if adapter is not None and adapter.name != "transformers":
+            module = adapter.load(path)
+            if dtype != "auto":
+                module = module.to(_DTYPES[dtype])
+            return LoadedModel(module.to(device).eval(), None, source_of(module, str(model)))
     elif path.exists() or not may_be_hub_id(location):
         raise ConfigError(f"{path} is not a model folder or a .gguf file; check the path")
     weights: dict[str, Any] = dict(options)
@@ -119,9 +122,10 @@ def load_model(
         with quiet_libraries(), contextlib.ExitStack() as stack:
             if gguf_file:  # its reader draws a bar on stderr with plain tqdm, which no setting turns off
                 stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            module, report = transformers.AutoModelForCausalLM.from_pretrained(
-                location, output_loading_info=True, **weights
-            )
+            config = transformers.AutoConfig.from_pretrained(location, **options)
+            own_code = getattr(config, "auto_map", None)  # the attribute exists only where a checkpoint sets it
+            loader = transformers.AutoModelForCausalLM if gguf_file or own_code else model_class(config)
+            module, report = loader.from_pretrained(location, output_loading_info=True, **weights)
     except OSError as error:
         raise ConfigError(
             f"model {str(model)!r} cannot be loaded; {_first_line(error)}; give a checkpoint folder, a .gguf file, or "
@@ -129,8 +133,8 @@ def load_model(
         ) from error
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(
-            f"model {str(model)!r} cannot be loaded as a causal language model; {_first_line(error)}; check its "
-            "config.json"
+            f"model {str(model)!r} cannot be loaded; {_first_line(error)}; check its config.json, and whether this "
+            "transformers knows its model_type"
         ) from error
     except Exception as error:
         # safetensors, gguf and the shape check each raise a type of their own, some of them bare Exceptions.
@@ -142,7 +146,7 @@ def load_model(
     # Left by the GGUF reader: a path of this machine, which would travel into every checkpoint written.
     vars(module.config).pop("_model_name_or_path", None)
     module = module.to(device).eval()
-    source = ModelSource(str(model), fingerprint(module), config_digest(module.config), gguf_file)
+    source = source_of(module, str(model), gguf_file)
     return LoadedModel(module, _load_tokenizer(path, location, options), source)
 
 

@@ -47,7 +47,7 @@ class Stage:
 
     Attributes:
         key: Digest of everything that decides the stage's result.
-        state: "running" or "done".
+        state: "running", "done" or "failed" (then ``note`` says why).
         elapsed_s: Wall time when it last ran.
         outputs: Path in the run folder to the digest it had when the stage ended.
         product: What the next stages depend on: equal for equal results, whatever the wall times in the files.

@@ -112,7 +112,14 @@ def _check_usage(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
     """Refuse what argparse cannot express."""
     if arguments.verb == "export" and arguments.baseline == bool(arguments.plan):
         parser.error("export takes a plan or --baseline, one of the two")
-    if arguments.verb in ("plan", "run") and not arguments.model.endswith(".toml"):
+    if arguments.verb == "env" and (arguments.action == "list") == (arguments.name is not None):
+        parser.error(f"env {arguments.action} takes {'no name' if arguments.action == 'list' else 'a NAME'}")
+    by_hand = getattr(arguments, "drop_layers", None) is not None
+    if getattr(arguments, "stack", None) and not by_hand:
+        parser.error("--stack goes with --drop-layers; planning by measurement is for models with one stack")
+    if by_hand and any(value is not None for value in (arguments.drop, arguments.keep, arguments.max_parameters)):
+        parser.error("--drop-layers names the layers; leave --drop, --keep and --max-parameters out")
+    if arguments.verb in ("plan", "run") and not by_hand and not arguments.model.endswith(".toml"):
         budget = (arguments.drop, arguments.keep, arguments.max_parameters)
         if budget == (None, None, None):
             parser.error(f"{arguments.verb} needs a budget: one of --drop, --keep, --max-parameters")
@@ -138,6 +145,8 @@ def build_parser() -> argparse.ArgumentParser:
     _model(plan)
     _planning(plan)
     plan.add_argument("-o", "--output", default="plan.json", help="file to write (default: %(default)s)")
+    plan.add_argument("--drop-layers", type=_layers, metavar="I,J", help="remove these layers, measuring nothing")
+    plan.add_argument("--stack", help="encoder or decoder, for a model that has both (with --drop-layers)")
     plan.add_argument("--no-matrix", action="store_true", help="leave the similarity matrix out of the file")
 
     materialize = verb("materialize", "build the shallower checkpoint a plan describes")
@@ -149,6 +158,9 @@ def build_parser() -> argparse.ArgumentParser:
     _model(export)
     export.add_argument("plan", nargs="?", help="plan.json; left out with --baseline")
     export.add_argument("--to", default="onnx", metavar="FORMAT", help="see 'sglp-deploy plugins' (default: onnx)")
+    export.add_argument(
+        "--option", action="append", type=_option, metavar="KEY=VALUE", help="an option of that format; may be repeated"
+    )
     export.add_argument("--baseline", action="store_true", help="keep every layer")
     export.add_argument("-o", "--output", required=True, help="folder to write")
 
@@ -194,6 +206,11 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("file", help="plan.json, manifest.json, parity.json, an artifact or run folder, ...")
 
     verb("plugins", "list exporters, with the reason when one cannot be used")
+    env = verb("env", "make, list or remove the isolated environments some runtimes need")
+    env.add_argument("action", choices=["create", "list", "remove"])
+    env.add_argument("name", nargs="?", help="see 'sglp-deploy env list'")
+    env.add_argument("--force", action="store_true", help="make it again although it is ready")
+
     verb("doctor", "what is installed, what is missing and why, version conflicts")
     return parser
 
@@ -232,6 +249,12 @@ def _planning(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rows", choices=["rms", "raw"], help="normalise rows before CKA (default: rms)")
     group.add_argument("--skip-positions", type=int, metavar="N", help="leading positions left out (default: 1)")
     group.add_argument("--seed", type=int, help="seed (default: 0)")
+    group.add_argument(
+        "--preserve-pattern",
+        action="store_true",
+        default=None,
+        help="remove whole periods of the layer pattern (local, local, global, ...) only",
+    )
 
 
 def _count_or_share(text: str) -> int | float:
@@ -241,6 +264,22 @@ def _count_or_share(text: str) -> int | float:
         except ValueError:
             continue
     raise argparse.ArgumentTypeError(f"{text!r} is neither a number of layers (6) nor a share of them (0.2)")
+
+
+def _option(text: str) -> tuple[str, int | bool | str]:
+    key, separator, value = text.partition("=")
+    if not key or not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is no option; write KEY=VALUE (precision=fp16)")
+    if value.lower() in ("true", "false"):
+        return key, value.lower() == "true"
+    return key, int(value) if value.isdecimal() else value
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layer numbers (2,5,7)") from None
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:

@@ -32,12 +32,22 @@ from sglp_deploy.certificate import ParityReport
 from sglp_deploy.cli import ledger, session
 from sglp_deploy.cli.console import Console, table
 from sglp_deploy.config import RunConfig
+from sglp_deploy.errors import (
+    ArtifactError,
+    ConfigError,
+    ExportError,
+    MissingDependencyError,
+    SGLPError,
+    UnsupportedModelError,
+)
 from sglp_deploy.plan import PLANNER_GROUP, PruningPlan
 
 if TYPE_CHECKING:
     from sglp_deploy.compressor import Compressor
 
-EXIT_PARITY = 3
+EXIT_FAILED, EXIT_PARITY = 1, 3
+# What one format may fail by without stopping the others; a full disk or a wrong plan concerns all of them.
+_FAILS_ALONE = (ExportError, UnsupportedModelError, ArtifactError, ConfigError)
 
 # Formats whose runner here is the runtime the artifact is made for, so a time taken with it means something.
 _MEASURED = ("onnx", "torch")
@@ -48,7 +58,8 @@ _PREFILL, _DECODE = "prefill_latency_s", "decode_latency_s_per_token"
 _WEIGHTS = ("dtype", "device")
 _PLAN = (
     *_WEIGHTS, "drop", "keep", "max_parameters", "method", "criterion", "n_segments", "profile", "estimator", "quota",
-    "calibration", "calibration_tokens", "sequence_length", "batch_size", "rows", "skip_positions", "seed",
+    "calibration", "calibration_tokens", "sequence_length", "batch_size", "rows", "skip_positions",
+    "preserve_pattern", "seed",
 )  # fmt: skip
 _VERIFY = (*_WEIGHTS, "threads", "text")
 _QUALITY = (*_WEIGHTS, "threads", "text", "evaluation_tokens", "evaluation_chunk", "seed")
@@ -84,6 +95,7 @@ class Pipeline:
         self._order: list[str] = []
         self._plan: PruningPlan | None = None
         self._formats_checked = False
+        self._failures: dict[str, str] = {}
         self._versions = producer_versions(*_VERSIONED) | {"sglp-deploy": __version__}
         self._environment = collect_environment(device=config.device, threads=config.threads)
         self._created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -129,12 +141,20 @@ class Pipeline:
         # The torch exporter writes the checkpoint and adds a manifest, so it is an artifact like the others.
         made = {"torch": self._export_stage("checkpoint", "torch", plan, [planned, model])}
         for name in self._formats():
-            if name != "torch":
-                made[name] = self._export_stage(f"export {name}", name, plan, [planned, model])
-            if name in _MEASURED:
-                # The baseline keeps every layer, so no plan has a say in it.
-                made[f"{name}-baseline"] = self._export_stage(f"export {name}-baseline", name, None, [model])
+            try:
+                if name != "torch":
+                    made[name] = self._export_stage(f"export {name}", name, plan, [planned, model])
+                if name in _MEASURED:
+                    # The baseline keeps every layer, so no plan has a say in it.
+                    made[f"{name}-baseline"] = self._export_stage(f"export {name}-baseline", name, None, [model])
+            except _FAILS_ALONE as error:
+                self._failed(f"export {name}", error)
         return made
+
+    def _failed(self, what: str, error: Exception) -> None:
+        """One format has failed and the others go on; its stage says why, and so do the report and the exit code."""
+        self._failures[what] = str(error)
+        self._console.warn(f"{what} failed; {error}")
 
     def _export_stage(self, stage: str, exporter: str, plan: PruningPlan | None, upstream: Sequence[str]) -> str:
         output = stage if stage == "checkpoint" else f"artifacts/{stage.removeprefix('export ')}"
@@ -160,7 +180,11 @@ class Pipeline:
                 report.save(self._root / "parity" / f"{name}.json")
 
             settings = self._settings(_VERIFY)
-            products.append(self._stage(f"parity {name}", settings, [product, model], [f"parity/{name}.json"], verify))
+            stage = f"parity {name}"
+            try:
+                products.append(self._stage(stage, settings, [product, model], [f"parity/{name}.json"], verify))
+            except _FAILS_ALONE as error:
+                self._failed(stage, error)
         return products
 
     def _judge(self, plan: PruningPlan) -> None:
@@ -170,7 +194,7 @@ class Pipeline:
     def _bench_stage(self, plan: PruningPlan, made: Mapping[str, str]) -> str:
         measured = []
         for name in self._formats():
-            if name not in _MEASURED:
+            if name not in _MEASURED or not all(self._certified(arm) for arm in (name, f"{name}-baseline")):
                 continue
             if failed := [arm for arm in (name, f"{name}-baseline") if not self._parity(arm).passed]:
                 self._console.warn(f"{name} is not measured; parity of {failed[0]} failed; see parity/{failed[0]}.json")
@@ -241,7 +265,12 @@ class Pipeline:
         started = time.perf_counter()
         self._stages[name] = ledger.Stage(key, "running")
         self._save_state()
-        work()
+        try:
+            work()
+        except SGLPError as error:
+            self._stages[name] = ledger.Stage(key, "failed", time.perf_counter() - started, note=str(error))
+            self._save_state()
+            raise
         elapsed = time.perf_counter() - started
         digests = {output: ledger.output_digest(self._root / output) for output in outputs}
         product = ledger.product_digest(self._root, digests)
@@ -251,11 +280,21 @@ class Pipeline:
         return product
 
     def _check_formats(self) -> None:
-        """Refuse a format that cannot be written before any work; asked only then, because exporters load torch."""
-        if not self._formats_checked:
-            for name in self._config.to:
+        """Refuse a format nobody knows, and a run none of whose formats can be written, before any work.
+
+        Asked only when there is work to do, because exporters load torch.
+        """
+        if self._formats_checked:
+            return
+        missing = []
+        for name in self._config.to:
+            try:
                 registry.exporter(name)
-            self._formats_checked = True
+            except MissingDependencyError as error:
+                missing.append(error)
+        if missing and len(missing) == len(self._config.to):
+            raise missing[0]
+        self._formats_checked = True
 
     def _save_state(self) -> None:
         # Path.stem would cut "Qwen2.5-0.5B" at its first dot from the right.
@@ -299,8 +338,11 @@ class Pipeline:
         if self._compressor is None:
             self._compressor = session.compressor(self._config, self._console)
             for name in self._formats():
+                try:
+                    check = getattr(registry.exporter(name), "check_precision", None)
+                except MissingDependencyError:
+                    continue  # it fails alone, later, and the report says why
                 # Asked of the weights that were loaded, before minutes go into a plan for a format that refuses them.
-                check = getattr(registry.exporter(name), "check_precision", None)
                 if check is not None:
                     check(self._compressor.precision)
         return self._compressor
@@ -320,6 +362,11 @@ class Pipeline:
         folder = self._root / ("checkpoint" if name == "torch" else f"artifacts/{name}")
         return ExportArtifact.load(folder, check_files=False)
 
+    def _certified(self, name: str) -> bool:
+        """Whether this run has judged that artifact, well or badly; not so when a stage of it failed."""
+        stage = self._stages.get(f"parity {name}")
+        return stage is not None and stage.state == "done"
+
     def _parity(self, name: str) -> ParityReport:
         return ParityReport.load(self._root / "parity" / f"{name}.json")
 
@@ -335,18 +382,32 @@ class Pipeline:
             for metric, label in ((_PREFILL, "prefill"), (_DECODE, "decode")):
                 rows.append((f"{file.parent.name} {label}", _speed(comparison, metric)))
         quality = _io.read_json(self._root / "quality.json", "quality")
+        for what, why in self._failures.items():
+            rows.append((what, f"FAILED: {why}"))
+            exit_code = exit_code or EXIT_FAILED
         rows.append(("perplexity", f"{quality['dense']['perplexity']:.2f} -> {quality['pruned']['perplexity']:.2f}"))
         page = self._root / "report" / "report.html"
         rows.append(("checkpoint", str(self._root / "checkpoint")))
         rows.append(("report", str(page)))
-        value = {"schema": "outcome/1", "exit_code": exit_code, "report": str(page), "rows": dict(rows)}
+        value = {
+            "schema": "outcome/1",
+            "exit_code": exit_code,
+            "report": str(page),
+            "rows": dict(rows),
+            "failures": dict(self._failures),
+        }
         return Outcome(table(rows), value, exit_code)
 
 
 def _verdict(report: ParityReport) -> str:
     known = [case["statistics"] for case in report.cases]
     # A case without statistics met a NaN or an infinity.
-    worst = f"KL p99 {max(found['kl_p99'] for found in known):.1e} nats" if known and all(known) else "not finite"
+    if not known or not all(known):
+        worst = "not finite"
+    elif all("kl_p99" in found for found in known):
+        worst = f"KL p99 {max(found['kl_p99'] for found in known):.1e} nats"
+    else:  # no logits: hidden states are compared by their size
+        worst = f"largest difference {max(found['max_abs'] for found in known):.1e}"
     return f"{'passed' if report.passed else 'FAILED'}, {worst}"
 
 

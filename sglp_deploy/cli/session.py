@@ -96,6 +96,7 @@ def plain_compressor(arguments: argparse.Namespace, console: Console) -> Compres
         dtype=arguments.dtype or "auto",
         trust_remote_code=bool(arguments.trust_remote_code),
         allow_pickle=bool(arguments.allow_pickle),
+        stack=getattr(arguments, "stack", None),
     )
 
 
@@ -118,6 +119,7 @@ def make_plan(made: Compressor, config: RunConfig, *, keep_matrix: bool = True) 
         profile=config.profile,
         estimator=config.estimator,
         quota=config.quota,
+        preserve_pattern=config.preserve_pattern,
         keep_matrix=keep_matrix,
     )
 
@@ -140,9 +142,10 @@ def use_recorded_model(arguments: argparse.Namespace, artifact: ExportArtifact) 
                 f"{model} is not there; {artifact.path} was made from it; pass --model with its present place"
             )
         arguments.model = model
-    if not arguments.dtype and artifact.precision in DTYPES:
+    recorded = artifact.details.get("model_precision", artifact.precision)
+    if not arguments.dtype and recorded in DTYPES:
         # Loaded in another type, the model would not be the one the artifact was made from.
-        arguments.dtype = artifact.precision
+        arguments.dtype = recorded
 
 
 def settle_connection(console: Console, model: str, *texts: str | None) -> None:

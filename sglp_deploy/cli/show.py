@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,6 +13,7 @@ from sglp_deploy.cli.console import table
 from sglp_deploy.errors import ArtifactError
 
 _MIB = 1 << 20
+_CELL = 60  # characters of a configuration value in a table
 # A folder is shown by the first of these it holds.
 _IN_FOLDER = ("run.json", "manifest.json", "comparison.json", "result.json", "report.json", "sglp_plan.json")
 
@@ -63,6 +65,16 @@ def _plan(value: Json) -> str:
         f"{value['method']}: keep {len(value['keep'])} of {value['n_layers']} layers of {value['model']['id']}",
         f"removed: {', '.join(map(str, value['drop'])) or 'none'}",
     ]
+    if value.get("stack"):
+        lines.append(f"layers of {value['stack']}")
+    changed, looked_at = [], []
+    for change in value.get("config_changes", ()):
+        if change["before"] != change["after"]:
+            changed.append((change["entry"], _short(change["before"]), _short(change["after"]), change["rule"]))
+        elif change["rule"].startswith("not known"):
+            looked_at.append(f"look at {change['entry']} = {_short(change['before'])}: {change['rule']}")
+    if changed:
+        lines += ["", table(changed, ("configuration", "before", "after", "why")), *looked_at, ""]
     scores = (value["scores"] or {}).get(value["criterion"] or "")
     if not scores:
         return "\n".join(lines)
@@ -75,6 +87,15 @@ def _plan(value: Json) -> str:
     return "\n".join(lines) + "\n" + table(rows, ("segment", "layer", str(value["criterion"]), ""))
 
 
+def _short(value: Any) -> str:
+    """A configuration value in a table's cell: a list of names by its runs."""
+    if not isinstance(value, list) or not value:
+        return str(value)
+    runs = [(name, len(list(same))) for name, same in groupby(map(str, value))]
+    text = ", ".join(f"{name} x{count}" if count > 1 else name for name, count in runs)
+    return text if len(text) <= _CELL else f"{text[: _CELL - 3]}..."
+
+
 def _artifact(value: Json) -> str:
     rows: list[tuple[Any, ...]] = [
         ("format", value["format"]),
@@ -84,6 +105,11 @@ def _artifact(value: Json) -> str:
         ("model", value["model"].get("id")),
         ("plan", value["plan_digest"][:16]),
     ]
+    details = value["details"]
+    if details.get("targets"):
+        rows.append(("targets", ", ".join(details["targets"])))
+    if details.get("execution"):
+        rows.append(("execution", details["execution"]))
     files = [
         (name, f"{record['bytes'] / _MIB:.2f} MiB", record["sha256"][:16]) for name, record in value["files"].items()
     ]
@@ -204,12 +230,19 @@ def _number(value: Any, form: str = ".3g") -> str:
     return format(value, form) if isinstance(value, int | float) else "-"
 
 
+def _environment(value: Json) -> str:
+    rows = [("environment", value["name"]), ("Python", value["python"]), ("packages", len(value["packages"]))]
+    return table(rows) + "\n\n" + "\n".join(value["packages"])
+
+
 _VIEWS: dict[str, Callable[[Json], str]] = {
     "artifact/1": _artifact,
     "comparison/1": _comparison,
+    "environment/1": _environment,
     "parity/1": _parity,
     "perplexity/1": _perplexity,
     "plan/1": _plan,
+    "plan/2": _plan,
     "quality/1": _quality,
     "report/1": _report,
     "result/1": _result,

@@ -18,10 +18,13 @@ def run_plan(arguments: argparse.Namespace, console: Console) -> int:
     """``plan``: measure the layers and write plan.json."""
     from sglp_deploy.cli import session
 
-    config = _config(arguments)
     session.check_output_file(arguments.output)
-    compressor = session.compressor(config, console)
-    plan = session.make_plan(compressor, config, keep_matrix=not arguments.no_matrix)
+    if arguments.drop_layers is not None:
+        plan = session.plain_compressor(arguments, console).plan_by_hand(arguments.drop_layers)
+    else:
+        config = _config(arguments)
+        compressor = session.compressor(config, console)
+        plan = session.make_plan(compressor, config, keep_matrix=not arguments.no_matrix)
     plan.save(arguments.output)
     from sglp_deploy.cli.show import describe
 
@@ -56,7 +59,8 @@ def run_export(arguments: argparse.Namespace, console: Console) -> int:
     plan = PruningPlan.load(arguments.plan) if arguments.plan else None
     registry.exporter(arguments.to)  # an unknown name is refused before the model is loaded
     compressor = session.plain_compressor(arguments, console)
-    artifact = compressor.export(plan or compressor.keep_all(), arguments.to, arguments.output)
+    options = dict(arguments.option or ())
+    artifact = compressor.export(plan or compressor.keep_all(), arguments.to, arguments.output, **options)
     console.result(describe(artifact.to_json()) + f"\n\nwritten to {artifact.path}", artifact.to_json())
     return 0
 
@@ -204,6 +208,26 @@ def run_plugins(arguments: argparse.Namespace, console: Console) -> int:
     for name in registry.shadowed():
         text += f"\nleft out: {name} takes the name of a built-in exporter"
     console.result(text, lines)
+    return 0
+
+
+def run_env(arguments: argparse.Namespace, console: Console) -> int:
+    """``env``: the isolated environments."""
+    from sglp_deploy import environments
+
+    if arguments.action == "list":
+        lines = [
+            {"name": name, "state": environments.state(name), "size": spec.size, "why": spec.why}
+            for name, spec in environments.ENVIRONMENTS.items()
+        ]
+        rows = [(line["name"], line["state"], line["size"], line["why"]) for line in lines]
+        console.result(table(rows, ("environment", "state", "size", "because")), lines)
+    elif arguments.action == "create":
+        python = environments.create(arguments.name, say=console.note, force=arguments.force)
+        console.result(f"{arguments.name} is ready; its interpreter is {python}", {"python": str(python)})
+    else:
+        gone = [str(folder) for folder in environments.remove(arguments.name)]
+        console.result(f"removed {', '.join(gone) or 'nothing; it was not there'}", {"removed": gone})
     return 0
 
 

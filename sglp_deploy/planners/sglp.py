@@ -52,16 +52,24 @@ def _segment_and_drop(
     budget: Budget,
     options: PlannerOptions,
 ) -> tuple[Segmentation, tuple[int, ...]]:
+
+    def drops(segments: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+        return resolve_drops(scores.values, segments, stats, budget, options.quota, options.groups)
+
     if options.n_segments is not None:
         segmentation = fisher_segmentation(similarity, options.n_segments, kind=options.profile)
-        return segmentation, resolve_drops(scores.values, segmentation.segments, stats, budget, options.quota)
+        return segmentation, resolve_drops(
+            scores.values, segmentation.segments, stats, budget, options.quota, options.groups
+        )
     n_segments = choose_n_segments(loss_curve(similarity, kind=options.profile), limit=stats.n_layers)
     # Step down to a K that fits.  No formula gives it: keep >= K is enough only when every layer may go and the budget
     # counts layers.
     while True:
         segmentation = fisher_segmentation(similarity, n_segments, kind=options.profile)
         try:
-            return segmentation, resolve_drops(scores.values, segmentation.segments, stats, budget, options.quota)
+            return segmentation, resolve_drops(
+                scores.values, segmentation.segments, stats, budget, options.quota, options.groups
+            )
         except PlanError:
             if n_segments == 1:
                 raise

@@ -182,19 +182,18 @@ def test_a_run_folder_can_be_reported_again_and_elsewhere(
 
 
 def test_plugins_lists_exporters_and_planners(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = answer(capsys, "plugins")
-    assert {line["name"]: line["kind"] for line in lines} == {
-        "onnx": "exporter",
-        "torch": "exporter",
-        "vllm": "exporter",
-        "sglp": "planner",
-    }
-    assert all(line["reason"] is None for line in lines)
+    lines = {line["name"]: line for line in answer(capsys, "plugins")}
+    ours = {"onnx", "openvino", "ort-genai", "tensorrt", "tensorrt-kit", "torch", "vllm"}
+    assert {name for name, line in lines.items() if line["kind"] == "exporter"} == ours
+    assert {name for name, line in lines.items() if line["kind"] == "planner"} == {"sglp"}
+    # What comes with the package is usable; what needs an extra is usable or says what it needs.
+    assert all(lines[name]["reason"] is None for name in ("onnx", "torch", "vllm", "sglp"))
+    assert all(lines[name]["reason"] is None or "needs" in lines[name]["reason"] for name in ours)
 
 
 def test_show_prints_any_file_and_any_folder_of_ours(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert answer(capsys, "show", run)["schema"] == "run/1"
-    assert answer(capsys, "show", run / "plan.json")["schema"] == "plan/1"
+    assert answer(capsys, "show", run / "plan.json")["schema"] == "plan/2"
     assert answer(capsys, "show", run / "artifacts" / "onnx")["schema"] == "artifact/1"
 
 
@@ -661,3 +660,15 @@ def test_a_hub_identifier_without_a_connection_is_one_line_at_once() -> None:
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: model 'some-org/some-model' cannot be loaded; ")
     assert done.stderr.count(";") >= 2
+
+
+def test_options_of_a_format_are_given_by_key_and_value(
+    model: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = ["export", model, run / "plan.json", "--to", "vllm", "-o", tmp_path / "out"]
+    message = refusal(capsys, *export, "--option", "quantize=int4", "--option", "bits=4")
+    assert "exporter 'vllm' does not know bits, quantize" in message
+    with pytest.raises(SystemExit) as stopped:
+        main([str(item) for item in export] + ["--option", "int4"])
+    assert stopped.value.code == 2
+    assert "'int4' is no option; write KEY=VALUE" in capsys.readouterr().err

@@ -104,6 +104,9 @@ def test_a_file_of_ours_that_is_not_one_is_refused(tmp_path: Path, content: str 
 def test_a_file_of_ours_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"schema": "plan/1", "x": 1}')
     assert _io.read_json(tmp_path / "a.json", "plan") == {"schema": "plan/1", "x": 1}
+    assert _io.read_json(tmp_path / "a.json", "plan", (1, 2)) == {"schema": "plan/1", "x": 1}
+    with pytest.raises(ArtifactError, match=r"has schema 'plan/1'; this version reads 'plan/2' and 'plan/3'; make the"):
+        _io.read_json(tmp_path / "a.json", "plan", (2, 3))
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "link/x"])

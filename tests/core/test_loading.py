@@ -4,15 +4,29 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
 
 import tiny
-from sglp_deploy.adapters import load_model, quiet_libraries
+from sglp_deploy.adapters import layer_stack, load_model, quiet_libraries, source_of
 from sglp_deploy.errors import ConfigError, UnsupportedModelError
 
 
@@ -161,13 +175,77 @@ def test_a_tensor_of_another_shape_is_refused(copy: Path) -> None:
 
 def test_an_unknown_architecture_is_refused(copy: Path) -> None:
     _edit_config(copy, model_type="hal9000", architectures=["Hal9000"])
-    with pytest.raises(UnsupportedModelError, match=r"cannot be loaded as a causal language model; .*check its config"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"cannot be loaded; .*hal9000.*; check its config\.json, and whether"
+    ):
         load_model(copy)
 
 
 def test_a_configuration_that_is_not_json_is_refused(copy: Path) -> None:
     (copy / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"cannot be loaded; .*config\.json"):
+        load_model(copy)
+
+
+_SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def _t5() -> PreTrainedModel:
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_heads=2, num_layers=2, num_decoder_layers=3)
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BertForSequenceClassification(BertConfig(**_SIZES)),
+        lambda: BertForMaskedLM(BertConfig(**_SIZES)),
+        lambda: BertModel(BertConfig(**_SIZES)),
+        lambda: ViTForImageClassification(ViTConfig(**_SIZES, image_size=16, patch_size=8)),
+        _t5,
+        lambda: tiny.model("llama").model,
+    ],
+    ids=["classifier", "masked-lm", "headless-encoder", "vision", "encoder-decoder", "headless-decoder"],
+)
+def test_a_checkpoint_is_loaded_with_the_class_it_names(tmp_path: Path, make: Callable[[], PreTrainedModel]) -> None:
+    meant = make().eval()
+    with quiet_libraries():
+        meant.save_pretrained(tmp_path / "out")
+    loaded = load_model(tmp_path / "out")
+    assert type(loaded.module) is type(meant)
+    assert loaded.tokenizer is None
+    assert not loaded.module.training
+    for name, tensor in meant.state_dict().items():
+        assert torch.equal(loaded.module.state_dict()[name], tensor), name
+    assert loaded.source.fingerprint == source_of(meant, "").fingerprint
+    assert layer_stack(loaded.module).n_layers == layer_stack(meant).n_layers
+
+
+@pytest.mark.parametrize("architectures", [None, [], ["NoSuchClass"], ["set_seed"], ["AutoTokenizer"], ["Trainer"]])
+def test_without_a_model_class_by_that_name_a_decoder_is_loaded_as_a_causal_language_model(
+    copy: Path, architectures: list[str] | None
+) -> None:
+    _edit_config(copy, architectures=architectures)
+    assert type(load_model(copy).module) is LlamaForCausalLM
+
+
+def test_without_a_name_a_model_that_is_no_decoder_is_loaded_without_a_head(tmp_path: Path) -> None:
+    with quiet_libraries():
+        ViTModel(ViTConfig(**_SIZES, image_size=16, patch_size=8)).save_pretrained(tmp_path / "out")
+    _edit_config(tmp_path / "out", architectures=None)
+    assert type(load_model(tmp_path / "out").module) is ViTModel
+
+
+def test_a_class_of_another_family_is_refused(copy: Path) -> None:
+    _edit_config(copy, architectures=["BertForMaskedLM"])
+    with pytest.raises((ConfigError, UnsupportedModelError), match=r"copy' (?:cannot be|lacks)"):
         load_model(copy)
 
 

@@ -4,7 +4,7 @@ import copy
 import errno
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers import (
 
 import tiny
 from sglp_deploy.adapters import LoadedModel, load_model
+from sglp_deploy.adapters.hub import TransformersAdapter
 from sglp_deploy.errors import ArtifactError, PlanError, StorageError, UnsupportedModelError
 from sglp_deploy.materialize import CompressedModel, materialize, save_checkpoint, select_layers
 from sglp_deploy.plan import PruningPlan
@@ -371,3 +372,90 @@ def test_a_tensor_lost_on_the_way_to_disk_is_noticed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(pruned.module, "save_pretrained", lossy)
     with pytest.raises(ArtifactError, match=r'does not load cleanly; {"missing_keys": \["model\.layers\.1\.self_attn'):
         save_checkpoint(pruned, tmp_path / "out")
+
+
+def test_a_setting_altered_on_the_way_to_disk_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned = _pruned(tiny.loaded("llama"), (0, 5))
+    write = pruned.module.save_pretrained
+
+    def altered(folder: Path) -> None:
+        write(folder)
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 1e-3}))
+
+    monkeypatch.setattr(pruned.module, "save_pretrained", altered)
+    with pytest.raises(
+        ArtifactError, match=r"rms_norm_eps of the configuration changed on the way to disk from 1e-06 to"
+    ):
+        save_checkpoint(pruned, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------- a pruned model and its configuration
+
+
+def _mutated_select(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
+    """What a bug in the adapter would do: ``change`` the pruned model before anyone sees it."""
+    real = TransformersAdapter.select
+
+    def select(self: TransformersAdapter, *given: Any) -> Any:
+        pruned = real(self, *given)
+        change(pruned)
+        return pruned
+
+    monkeypatch.setattr(TransformersAdapter, "select", select)
+
+
+def test_a_configuration_that_means_other_layers_is_refused_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def change(pruned: Any) -> None:
+        pruned.config.layer_types = ["full_attention"] * 4
+
+    _mutated_select(monkeypatch, change)
+    with pytest.raises(
+        ArtifactError, match=r"layer 0 of the checkpoint is rebuilt with other settings \(.*full_attention"
+    ):
+        _pruned(tiny.loaded("gemma3"), (0, 2, 5, 6))
+
+
+def test_a_layer_that_was_not_renumbered_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(pruned: Any) -> None:
+        pruned.model.layers[1].self_attn.layer_idx = 5
+
+    _mutated_select(monkeypatch, change)
+    with pytest.raises(
+        ArtifactError,
+        match=r"layer 1 .* does not hold its own number \(.*'layer_idx', 5\).* and not .*'layer_idx', 1\)",
+    ):
+        _pruned(tiny.loaded("llama"), (0, 5))
+
+
+def test_a_setting_of_the_model_as_a_whole_may_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(pruned: Any) -> None:
+        pruned.config.rope_parameters = {**pruned.config.rope_parameters, "rope_theta": 5.0}
+
+    _mutated_select(monkeypatch, change)
+    with pytest.raises(
+        ArtifactError,
+        match=r"pruning changed rope_parameters\.rope_theta of the configuration from 10000\.0 to 5\.0; it has",
+    ):
+        _pruned(tiny.loaded("llama"), (0, 5))
+
+
+def test_a_configuration_no_model_can_be_built_from_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(pruned: Any) -> None:
+        vars(pruned.config)["layer_types"] = ["no_such_attention"] * 4
+
+    _mutated_select(monkeypatch, change)
+    with pytest.raises(
+        (UnsupportedModelError, ArtifactError), match=r"no model can be built from|is rebuilt with other"
+    ):
+        _pruned(tiny.loaded("gemma3"), (0, 2, 5, 6))
+
+
+def test_a_model_in_half_precision_with_single_layers_in_full_is_materialized() -> None:
+    module = tiny.model("llama").to(torch.bfloat16)
+    module.model.layers[2].input_layernorm.to(torch.float32)
+    pruned = materialize(module, tiny.plan_for(module, (0, 2, 5)), tiny.source(module))
+    assert pruned.module.model.layers[1].input_layernorm.weight.dtype is torch.float32

@@ -17,7 +17,7 @@ from sglp_deploy.plan import Budget, PruningPlan, keep_all_plan, make_plan, plan
 
 LITERAL = """
 {
-  "schema": "plan/1",
+  "schema": "plan/2",
   "method": "sglp",
   "n_layers": 4,
   "keep": [0, 3],
@@ -35,9 +35,14 @@ LITERAL = """
   "seed": 7,
   "versions": {"numpy": "2.0"},
   "elapsed_s": {"calibration": 1.5},
-  "options": {"n_segments": null, "profile": "row_sum"}
+  "options": {"n_segments": null, "profile": "row_sum"},
+  "stack": "model.layers",
+  "config_changes": [{"entry": "num_hidden_layers", "before": 4, "after": 2, "rule": "number of layers"}]
 }
 """
+# As written before plans knew stacks and configuration changes.
+LITERAL_1 = json.loads(LITERAL) | {"schema": "plan/1"}
+del LITERAL_1["stack"], LITERAL_1["config_changes"]
 
 
 def plan_of(stats: Any = None, budget: Budget | None = None, **options: Any) -> PruningPlan:
@@ -54,6 +59,8 @@ def test_a_plan_file_is_read_field_by_field_and_written_as_it_was(tmp_path: Path
     assert plan.model["id"] == "org/tiny"
     assert plan.similarity is None
     assert plan.compensation is None
+    assert plan.stack == "model.layers"
+    assert plan.config_changes[0]["after"] == 2
     plan.save(tmp_path / "again.json")
     assert json.loads((tmp_path / "again.json").read_text()) == json.loads(LITERAL)
     assert PruningPlan.load(tmp_path / "again.json") == plan
@@ -67,6 +74,20 @@ def test_the_digest_is_the_sha256_of_the_plan_without_times_and_versions() -> No
     assert plan.digest() == hashlib.sha256(text.encode()).hexdigest()
     assert dataclasses.replace(plan, elapsed_s={"all": 9.0}, versions={}).digest() == plan.digest()
     assert dataclasses.replace(plan, seed=8).digest() != plan.digest()
+
+
+def test_a_plan_of_the_first_schema_means_the_first_stack_and_keeps_its_digest(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(LITERAL_1))
+    plan = PruningPlan.load(tmp_path / "plan.json")
+    assert (plan.keep, plan.stack, plan.config_changes) == ((0, 3), None, ())
+    hashed = {name: value for name, value in LITERAL_1.items() if name not in ("elapsed_s", "versions")}
+    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    assert plan.digest() == digest
+    plan.save(tmp_path / "again.json")  # as plan/2, and still the same decision
+    assert json.loads((tmp_path / "again.json").read_text())["schema"] == "plan/2"
+    assert PruningPlan.load(tmp_path / "again.json") == plan
+    assert PruningPlan.load(tmp_path / "again.json").digest() == digest
+    assert dataclasses.replace(plan, stack="encoder.block").digest() != digest
 
 
 def test_by_default_every_segment_gives_in_proportion_to_its_size() -> None:
@@ -233,7 +254,7 @@ def test_a_plan_that_contradicts_itself_is_refused(changes: dict[str, Any], faul
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": "plan/2"}, "the plan has schema 'plan/2'; this version reads 'plan/1'; make the plan again"),
+        ({"schema": "plan/3"}, "the plan has schema 'plan/3'; this version reads 'plan/2'; make the plan again"),
         ({"kept": []}, "the plan's fields are wrong; kept is unknown; make the plan again"),
         ({"keep": [0.0, 3.0]}, r"a field of the plan has the wrong type; 0\.0 is not a whole number"),
         ({"keep": 3}, "a field of the plan has the wrong type"),
@@ -257,7 +278,9 @@ def test_a_plan_with_a_field_missing_is_refused() -> None:
 
 def test_a_file_that_is_no_plan_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"schema": "artifact/1"}')
-    with pytest.raises(ArtifactError, match=r"manifest\.json has schema 'artifact/1'; this version reads 'plan/1'"):
+    with pytest.raises(
+        ArtifactError, match=r"manifest\.json has schema 'artifact/1'; this version reads 'plan/1' and 'plan/2'"
+    ):
         PruningPlan.load(tmp_path / "manifest.json")
 
 

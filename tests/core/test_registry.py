@@ -54,6 +54,9 @@ def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "entry_points", entry_points)
 
 
+BUILTIN = ("onnx", "openvino", "ort-genai", "tensorrt", "tensorrt-kit", "torch", "vllm")
+
+
 @pytest.mark.parametrize("name", ["onnx", "torch", "vllm"])
 def test_built_in_exporters_are_found_under_their_names(name: str) -> None:
     made = registry.exporter(name)
@@ -65,7 +68,8 @@ def test_an_unknown_name_gets_the_nearest_match_and_the_list() -> None:
     with pytest.raises(ExporterNotFoundError) as caught:
         registry.exporter("onx")
     assert str(caught.value) == (
-        "there is no exporter 'onx'; did you mean 'onnx'? known: onnx, torch, vllm; 'sglp-deploy plugins' says more"
+        "there is no exporter 'onx'; did you mean 'onnx'? known: onnx, openvino, ort-genai, tensorrt, "
+        "tensorrt-kit, torch, vllm; 'sglp-deploy plugins' says more"
     )
     with pytest.raises(ExporterNotFoundError, match=r"there is no exporter 'zzz'; known: onnx"):
         registry.exporter("zzz")
@@ -100,7 +104,7 @@ def test_an_exporter_that_cannot_be_used_says_why(name: str, message: str) -> No
 @pytest.mark.usefixtures("theirs")
 def test_the_list_holds_every_plugin_and_no_broken_one_breaks_it() -> None:
     lines = {line.name: line for line in registry.plugins()}
-    assert sorted(lines) == ["angry", "gone", "good", "needy", "onnx", "shapeless", "torch", "vllm"]
+    assert sorted(lines) == sorted(["angry", "gone", "good", "needy", "shapeless", *BUILTIN])
     assert lines["good"].reason is None
     assert lines["onnx"].reason is None
     assert lines["onnx"].origin == "sglp_exporters.onnx:OnnxExporter"

@@ -181,5 +181,5 @@ def test_an_incomplete_file_of_any_kind_is_refused_by_name(kind: str) -> None:
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ArtifactError, match=r"schema 'plan/7' is unknown to this version; .*plan/1"):
+    with pytest.raises(ArtifactError, match=r"schema 'plan/7' is unknown to this version; .*plan/1, plan/2"):
         show.describe(json.loads('{"schema": "plan/7"}'))

