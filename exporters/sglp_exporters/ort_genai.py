@@ -285,10 +285,10 @@ def _check_window(config: Any) -> None:
     window = getattr(config, "sliding_window", None)
     positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     if window and window < positions and getattr(config, "layer_types", None) is None:
+        # Its graph then attends to everything while its runtime keeps a cache of the window's length, and stops.
         raise UnsupportedModelError(
             f"every layer of this {config.model_type} attends through a window of {window} tokens, which ONNX Runtime "
-            "GenAI's builder sees only in layer_types; longer prompts would be wrong without an error; export it to "
-            "onnx or openvino"
+            "GenAI's builder sees only in layer_types; longer sequences would fail; export it to onnx or openvino"
         )
 
 

@@ -50,8 +50,11 @@ EXIT_FAILED, EXIT_PARITY = 1, 3
 _FAILS_ALONE = (ExportError, UnsupportedModelError, ArtifactError, ConfigError)
 
 # Formats whose runner here is the runtime the artifact is made for, so a time taken with it means something.
-_MEASURED = ("onnx", "torch")
-_VERSIONED = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+_MEASURED = ("onnx", "openvino", "ort-genai", "torch")
+_VERSIONED = (
+    "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino",
+    "onnxruntime-genai", "tensorrt", "tensorrt-rtx", "numpy",
+)  # fmt: skip
 _PREFILL, _DECODE = "prefill_latency_s", "decode_latency_s_per_token"
 
 # What each kind of stage reads of the configuration, beside the model itself.

@@ -624,7 +624,7 @@ def test_prompt_cases_repeat_a_short_text_and_refuse_an_empty_one() -> None:
 def test_thresholds_follow_the_element_type_and_the_unknown_is_judged_as_bfloat16() -> None:
     assert thresholds_for("fp32") == thresholds_for("float32")
     assert thresholds_for("fp16") == thresholds_for("float16")
-    assert thresholds_for("int4") == thresholds_for("bfloat16")
+    assert thresholds_for("fp8") == thresholds_for("bfloat16")
     margins = [thresholds_for(name).margin for name in ("float32", "float16", "bfloat16")]
     assert margins == [0.01, 0.1, 0.5]
 

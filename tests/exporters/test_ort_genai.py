@@ -103,6 +103,7 @@ def test_a_broken_pattern_of_windows_is_built_from_layer_types(tmp_path: Path) -
     assert "beyond window 8" in " ".join(case["name"] for case in report.cases)
 
 
+@pytest.mark.slow
 def test_a_family_that_keeps_a_convolution_s_state_is_certified_too(tmp_path: Path) -> None:
     compressor = _specimen("lfm2")
     artifact = compressor.export(compressor.plan_by_hand([0, 3, 4]), "ort-genai", tmp_path / "artifact")
@@ -111,11 +112,17 @@ def test_a_family_that_keeps_a_convolution_s_state_is_certified_too(tmp_path: Pa
     assert report.passed, report.reasons
 
 
-def test_a_window_the_builder_does_not_see_would_be_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_a_window_the_builder_does_not_see_would_end_in_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ort_genai, "_check_window", lambda _config: None)
     compressor = _specimen("mistral")
     artifact = compressor.export(compressor.plan_by_hand([1, 4]), "ort-genai", tmp_path / "artifact")
-    assert not compressor.verify(artifact, threads=1).passed
+    with pytest.raises(
+        BackendError, match=r"ONNX Runtime GenAI failed on a sequence of .* tokens; .*; check the tokens"
+    ):
+        compressor.verify(artifact, threads=1)
 
 
 def test_the_folder_holds_what_the_runtime_reads_and_nothing_else(made: Made) -> None:
