@@ -124,6 +124,7 @@ class _Compiled:
                     "manifest"
                 )
             found = shapes[name]
+            # Ranks may differ here; the next line compares them.
             wanted = [sizes.setdefault(s, n) if isinstance(s, str) else s for s, n in zip(spec.shape, found)]  # noqa: B905
             if wanted != list(found) or len(found) != len(spec.shape):
                 raise BackendError(
