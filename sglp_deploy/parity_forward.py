@@ -68,7 +68,7 @@ def forward_cases(module: nn.Module, *, window: int | None = None) -> tuple[Forw
     """
     name = main_input(module)
     if name == "input_ids":
-        most = _most_tokens(module)
+        most = most_tokens(module)
         sizes = [(rows, min(tokens, most)) for rows, tokens in _TEXT_SIZES]
         if window and window + _PAST_WINDOW <= most:
             sizes.append((2, window + _PAST_WINDOW))
@@ -189,7 +189,7 @@ def _valid(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> NDArray[np.
     return np.asarray((torch.arange(width)[None] < lengths.cpu()[:, None]).numpy())
 
 
-def _most_tokens(module: Any) -> int:
+def most_tokens(module: Any) -> int:
     """Length of the model's table of positions, where it has one, less what some reserve for padding."""
     text: Any = module.config.get_text_config()
     most = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)

@@ -75,10 +75,10 @@ def check_layer_types(exporter: Any, config: Any, changes: Sequence[Mapping[str,
         ExportError: Naming the first layer it would get wrong and what to do.
     """
     types: Sequence[str] = getattr(config, _LAYER_TYPES, None) or ()
-    if len(set(types)) < 2:
-        return
     declare: Callable[[str], Callable[[int], str] | None] | None = getattr(exporter, "layer_type_formula", None)
     advice = "plan with --preserve-pattern, which removes whole periods, or export to a format that reads layer_types"
+    if not types:
+        return
     if declare is None:
         before = next((c["before"] for c in changes if c["entry"].endswith(_LAYER_TYPES)), None)
         if before is not None and not keeps_pattern(before, keep):

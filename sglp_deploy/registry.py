@@ -18,8 +18,11 @@ from sglp_deploy.protocols import Exporter
 GROUP = "sglp_deploy.exporters"
 
 _BUILTIN = {
+    "executorch": "sglp_exporters.executorch:ExecuTorchExporter",
+    "gguf": "sglp_exporters.gguf:GgufExporter",
     "onnx": "sglp_exporters.onnx:OnnxExporter",
     "openvino": "sglp_exporters.openvino:OpenVinoExporter",
+    "optimum": "sglp_exporters.optimum:OptimumExporter",
     "ort-genai": "sglp_exporters.ort_genai:OrtGenaiExporter",
     "tensorrt": "sglp_exporters.tensorrt:TensorRTExporter",
     "tensorrt-kit": "sglp_exporters.tensorrt:TensorRTKitExporter",

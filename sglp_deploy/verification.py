@@ -19,6 +19,7 @@ from sglp_deploy.adapters.samples import attention_window, generates, main_input
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.cache_layout import check_cache_layout
 from sglp_deploy.certificate import ParityReport
+from sglp_deploy.diagnosis import cache_faults, read_stored, stored_type_fault, weight_faults
 from sglp_deploy.errors import ArtifactError, ConfigError
 from sglp_deploy.materialize import CompressedModel
 from sglp_deploy.parity import check_parity, prompt_cases
@@ -45,7 +46,9 @@ def verify_artifact(
     """Compare an artifact with the unpruned model whose removed layers hand on what they are given.
 
     The reference shares nothing with what made the artifact: no sliced configuration, no copied or renumbered layer,
-    no file.  An artifact that is a checkpoint is also compared bit for bit with the pruned model in memory.
+    no file.  An artifact that is a checkpoint is also compared bit for bit with the pruned model in memory.  One whose
+    stored weights are of another type than its manifest says fails, and where one fails the certificate names the
+    tensor and the layer, as far as they can be known (:mod:`sglp_deploy.diagnosis`).
 
     Args:
         artifact: What to certify.
@@ -65,7 +68,9 @@ def verify_artifact(
         BackendError: If a side fails to run.
     """
     device = str(next(original.parameters()).device)
-    runner = registry.exporter(artifact.format).open(artifact, device=device, threads=threads)
+    exporter = registry.exporter(artifact.format)
+    runner = exporter.open(artifact, device=device, threads=threads)
+    faults: list[str] = []
     described = f"PyTorch, {pruned.n_layers} layers, {precision(original)}"
     config = getattr(original, "config", None)
     takes_tokens = main_input(original) == "input_ids"
@@ -83,14 +88,21 @@ def verify_artifact(
         prompts = prompt_cases(tokens(), window=window)
         with _reference(original, pruned, threads) as reference, runner:
             report = check_parity(artifact, runner, reference, prompts, runner_name=_name(artifact, runner), **facts)
+            if not report.passed:
+                faults += cache_faults(runner, pruned.module, artifact)
     else:
         cases = forward_cases(original, window=window)
         with _reference(original, pruned, threads) as reference, runner:
             report = check_forward_parity(
                 artifact, runner, reference, cases, runner_name=_name(artifact, runner), **facts
             )
-    found = _difference(artifact, pruned)
-    return report if found is None else replace(report, reasons=(*report.reasons, found))
+    stored = read_stored(exporter, artifact)  # after the runtime, which says more of files that cannot be read
+    if wrong_type := stored_type_fault(artifact.precision, stored):
+        faults.insert(0, wrong_type)
+    if not report.passed:
+        faults += weight_faults(pruned.module, stored)
+    faults += _difference(exporter, artifact, pruned)
+    return replace(report, reasons=(*report.reasons, *faults)) if faults else report
 
 
 def _is_forward(artifact: ExportArtifact) -> bool:
@@ -106,18 +118,23 @@ def _is_forward(artifact: ExportArtifact) -> bool:
     return True
 
 
-def _difference(artifact: ExportArtifact, pruned: CompressedModel) -> str | None:
-    """What in an artifact that is a checkpoint is not ``pruned``, bit for bit and setting for setting.
+def _difference(exporter: Any, artifact: ExportArtifact, pruned: CompressedModel) -> list[str]:
+    """What in an artifact's files is not ``pruned``: by its exporter's own comparison, else where it is a checkpoint.
 
-    Numbers have bounds, and another reader of the same files may believe an entry that this one ignores.
+    A checkpoint is compared bit for bit and setting for setting: numbers have bounds, and another reader of the same
+    files may believe an entry that this one ignores.
     """
+    compare = getattr(exporter, "difference", None)
+    if compare is not None:
+        found = compare(artifact, pruned)
+        return [found] if found else []
     if not list(artifact.path.glob("*.safetensors")):
-        return None
+        return []
     try:
         materializing.check_reload(pruned, artifact.path)
     except ArtifactError as error:
-        return str(error)
-    return None
+        return [str(error)]
+    return []
 
 
 @contextmanager

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sglp_bench.certificates import CERTIFICATE
 from sglp_deploy.artifact import ExportArtifact, write_manifest
+from sglp_deploy.certificate import ParityReport
 
 VOCABULARY = 11
 OPENER = "bench_fakes:FakeExporter"
@@ -123,10 +125,10 @@ class FakeExporter:
 
 
 def fake_artifact(folder: Path, *, precision: str = "fp32", weight_bytes: int = 1000, **details: Any) -> ExportArtifact:
-    """A complete artifact folder of format "fake" with these details."""
+    """A complete artifact folder of format "fake" with these details, and its certificate."""
     folder.mkdir(parents=True)
     (folder / "weights.bin").write_bytes(b"w" * 10)
-    return write_manifest(
+    artifact = write_manifest(
         folder,
         format="fake",
         inputs=(),
@@ -138,3 +140,12 @@ def fake_artifact(folder: Path, *, precision: str = "fp32", weight_bytes: int = 
         model={"id": "fake", "fingerprint": "f", "config_digest": "c", "gguf_file": None},
         details={"vocab_size": VOCABULARY, **details},
     )
+    certificate(artifact).save(folder / CERTIFICATE)
+    return artifact
+
+
+def certificate(artifact: ExportArtifact, *reasons: str) -> ParityReport:
+    """A certificate of ``artifact``, failed where reasons are given; its one case was measured by nobody."""
+    facts = {"format": "fake", "runner": "fake", "reference": "none", "precision": artifact.precision}
+    case = {"name": "planted", "passed": not reasons, "statistics": None}
+    return ParityReport(artifact.digest, **facts, thresholds={}, noise_floor={}, cases=(case,), reasons=reasons)

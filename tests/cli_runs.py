@@ -15,6 +15,7 @@ import pytest
 
 import bench_results
 import tiny
+from sglp_bench.certificates import require_certificates
 from sglp_bench.result import BenchmarkResult, artifact_facts
 from sglp_bench.workload import Workload
 from sglp_deploy.artifact import ExportArtifact
@@ -33,8 +34,9 @@ def fake_run_arms(arms: Mapping[str, ExportArtifact], workload: Workload, **opti
     planted = bench_results.planted_result({name: 1.25 for name in arms if name != base}, work=workload)
     labels = {"baseline": base} | {name: name for name in planted.arms if name != "baseline"}
     artifacts = dict(arms) | {"control": arms[base]}
+    states = require_certificates(artifacts, options["certificates"])
     made = {
-        labels[name]: replace(arm, artifact=artifact_facts(artifacts[labels[name]]))
+        labels[name]: replace(arm, artifact=artifact_facts(artifacts[labels[name]], states[labels[name]]))
         for name, arm in planted.arms.items()
     }
     Path(options["out_dir"]).mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from sglp_bench.certificates import unverified_note
 from sglp_bench.comparison import Comparison, Control, Interval, MetricComparison
 from sglp_bench.environment import differing_keys
 from sglp_bench.intervals import hierarchical_bootstrap, percentiles, sign_flip_p, t_interval, welch_interval
@@ -67,7 +68,7 @@ def compare_results(
         name: _compare_times(metric, result, other, left, right, paired, (baseline, candidate), resamples, seed)
         for name, metric in TIME_METRICS.items()
     }
-    notes = _notes(result, left, right, paired, different, baseline)
+    notes = _notes(result, left, right, paired, different, (baseline, candidate))
     for name in MEMORY_METRICS:
         readings = arm_memory(left, name), arm_memory(right, name)
         if None in (readings[0].bytes, readings[1].bytes) or readings[0].probe != readings[1].probe:
@@ -258,15 +259,22 @@ def _differences(result: BenchmarkResult, other: BenchmarkResult, left: ArmResul
 
 
 def _notes(
-    result: BenchmarkResult, left: ArmResult, right: ArmResult, paired: bool, different: Sequence[str], baseline: str
+    result: BenchmarkResult,
+    left: ArmResult,
+    right: ArmResult,
+    paired: bool,
+    different: Sequence[str],
+    labels: tuple[str, str],
 ) -> list[str]:
-    notes = [f"{key} differs between the arms and was allowed to" for key in different]
+    found = [unverified_note(label, arm.artifact) for label, arm in zip(labels, (left, right), strict=True)]
+    notes = [note for note in found if note]  # first, because every number below them is of something unknown
+    notes += [f"{key} differs between the arms and was allowed to" for key in different]
     if not paired:
         notes.append("the arms come from two runs: drift between the runs is part of the ratio")
     if paired and result.control is None:
         notes.append("no A/A control was run: the noise floor is unknown")
-    if paired and result.control is not None and baseline != result.baseline:
-        notes.append(f"the A/A control repeats {result.baseline}, the baseline of the run, and not {baseline}")
+    if paired and result.control is not None and labels[0] != result.baseline:
+        notes.append(f"the A/A control repeats {result.baseline}, the baseline of the run, and not {labels[0]}")
     for key in ("format", "model_fingerprint"):
         if left.artifact[key] != right.artifact[key]:
             notes.append(f"the arms differ in {key}: {left.artifact[key]} and {right.artifact[key]}")

@@ -14,11 +14,12 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglp_bench.certificates import require_certificates
 from sglp_bench.compare import Comparison, compare_results
 from sglp_bench.environment import COMPARABLE_KEYS, collect_environment
 from sglp_bench.launch import run_worker
@@ -28,6 +29,7 @@ from sglp_bench.timing import BlockSamples
 from sglp_bench.workload import Workload
 from sglp_deploy import _io
 from sglp_deploy.artifact import ExportArtifact
+from sglp_deploy.certificate import ParityReport
 from sglp_deploy.errors import ArtifactError, BenchmarkError, ConfigError, IncomparableResultsError
 
 CONTROL = "control"
@@ -69,6 +71,8 @@ def benchmark_pair(
     vocab_size: int | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     progress: Progress | None = None,
+    certificates: Iterable[ParityReport] = (),
+    unverified: bool = False,
 ) -> Comparison:
     """Measure two artifacts of one format against each other.
 
@@ -84,13 +88,15 @@ def benchmark_pair(
         vocab_size: Range of the token ids; read from the artifacts when omitted.
         timeout_s: Longest a block may take.
         progress: Called before each worker process and once at the end; see :func:`tqdm_progress`.
+        certificates: Parity reports of the two, beside those on disk (:mod:`sglp_bench.certificates`).
+        unverified: Measure although a certificate is missing or failed; result and comparison then say so.
 
     Returns:
         The comparison; its ``result`` holds the raw samples.
 
     Raises:
         IncomparableResultsError: If the two have weights of different precision; nothing is measured then.
-        BenchmarkError: If a worker process dies, hangs or answers rubbish.
+        BenchmarkError: If an artifact is not certified, or a worker process dies, hangs or answers rubbish.
     """
     if baseline.precision != candidate.precision:
         raise IncomparableResultsError(["precision"])
@@ -103,6 +109,8 @@ def benchmark_pair(
         vocab_size=vocab_size,
         timeout_s=timeout_s,
         progress=progress,
+        certificates=certificates,
+        unverified=unverified,
     )
     comparison = compare_results(result, baseline=labels[0], candidate=labels[1])
     if out_dir is not None:
@@ -121,6 +129,8 @@ def run_arms(
     vocab_size: int | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     progress: Progress | None = None,
+    certificates: Iterable[ParityReport] = (),
+    unverified: bool = False,
 ) -> BenchmarkResult:
     """Measure any number of artifacts in one interleaved run; compare any two with :func:`compare_results`.
 
@@ -134,11 +144,13 @@ def run_arms(
         vocab_size: Range of the token ids.
         timeout_s: Longest a block may take.
         progress: Progress callback.
+        certificates: As in :func:`benchmark_pair`.
+        unverified: As in :func:`benchmark_pair`.
 
     Raises:
         ConfigError: If a label is unusable, or the vocabulary is unknown or differs between arms.
         ArtifactError: If an artifact on disk is not what its manifest says.
-        BenchmarkError: If a worker process dies, hangs or answers rubbish.
+        BenchmarkError: If an artifact is not certified, or a worker process dies, hangs or answers rubbish.
     """
     baseline = next(iter(arms), "") if baseline is None else baseline
     _check_labels(arms, baseline, openers or {})
@@ -149,11 +161,12 @@ def run_arms(
                 "load it again"
             )
     vocab_size = _common_vocabulary(arms) if vocab_size is None else vocab_size
+    states = require_certificates(arms, certificates, unverified=unverified)
     environment = collect_environment(device=workload.device, threads=workload.threads)
     named_openers: dict[str, str | None] = {label: (openers or {}).get(label) for label in arms}
     artifacts = dict(arms)
     if control:
-        artifacts[CONTROL] = arms[baseline]
+        artifacts[CONTROL], states[CONTROL] = arms[baseline], states[baseline]
         named_openers[CONTROL] = named_openers[baseline]
     specs = {
         label: {
@@ -176,7 +189,7 @@ def run_arms(
             baseline=baseline,
             control=CONTROL if control else None,
             arms={
-                label: ArmResult(artifact_facts(artifact), tuple(blocks[label]), memory[label])
+                label: ArmResult(artifact_facts(artifact, states[label]), tuple(blocks[label]), memory[label])
                 for label, artifact in artifacts.items()
             },
             vocab_size=vocab_size,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sglp_bench import report_format as fmt
+from sglp_bench.certificates import unverified_note
 
 Json = dict[str, Any]
 
@@ -82,7 +83,10 @@ def measurement(
         "samples": samples(result, labels, comparison.get("control")) if result else [],
         "memory": memory_ladder(arms, labels),
     }
+    notes = (unverified_note(label, artifact) for label, artifact in zip(labels, artifacts, strict=True))
     faults = parity_faults(found, parity)
+    found["unverified"] = [note.removeprefix("UNVERIFIED: ") for note in notes if note] or faults
+    faults = list(dict.fromkeys([*faults, *found["unverified"]]))
     found["rows"] = [_row(metric, values) for metric, values in section(comparison, "metrics").items()]
     found["rows"].sort(key=lambda row: list(_LABELS).index(row["metric"]) if row["metric"] in _LABELS else len(_LABELS))
     for row in found["rows"]:
@@ -306,6 +310,8 @@ def _speed_card(add: Callable[..., None], metric: str, label: str, main: Json) -
     detail = f"{span}{row['verdict']}{share}"
     if row["claim"]["allowed"]:
         add(key, label, fmt.ratio(row["ratio"]), f"{detail} ({main['name']})", "good" if row["ratio"] > 1 else "bad")
+    elif main["unverified"]:
+        add(key, label, "no claim", f"unverified: {main['unverified'][0]}", "bad")
     else:
         add(key, label, "no claim", row["claim"]["reasons"][0], "absent")
 

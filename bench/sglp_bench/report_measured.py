@@ -12,7 +12,7 @@ from typing import Any
 from sglp_bench import charts_speed
 from sglp_bench import report_format as fmt
 from sglp_bench.report_facts import Json, section
-from sglp_bench.report_html import HALF, WIDE, absent, code, details, digits, facts, picture, table
+from sglp_bench.report_html import HALF, WIDE, absent, badge, code, details, digits, facts, picture, table
 
 _FOREST_LEGEND = (
     '<ul class="legend">'
@@ -55,15 +55,22 @@ def _measurement(item: Json, key: str) -> str:
             "control_high": row["control_interval"][1] if row["control_interval"] else None,
             "ceiling": row["ceiling"],
             "resolved": row["verdict"] in ("faster", "slower"),
-            "note": row["verdict"]
-            + ("" if row["fraction_of_ceiling"] is None else f", {fmt.percent(row['fraction_of_ceiling'])} of ceiling"),
+            "note": "unverified" if item.get("unverified") else _note(row),
         }
         for row in ratios
     ]
     parts = []
-    if any("parity failed" in reason for row in item["rows"] if row["claim"] for reason in row["claim"]["reasons"]):
-        warning = "This artifact does not compute what the model computes: these are times of something else."
-        parts.append(f'<div class="claim withheld"><strong>Parity failed</strong><p>{warning}</p></div>')
+    # Reports of before there were certificates of arms lack the entry.
+    if unverified := item.get("unverified"):
+        failed = any("failed" in reason for reason in unverified)
+        heading = "✗ Unverified: parity failed" if failed else "✗ Unverified: no certificate"
+        warning = (
+            "This artifact does not compute what the model computes: these are times of something else."
+            if failed
+            else "Nobody has shown that what was timed computes what the model computes; do not quote these times."
+        )
+        reasons = "".join(f"<p>{escape(reason)}</p>" for reason in unverified)
+        parts.append(f'<div class="claim unverified"><strong>{heading}</strong><p>{warning}</p>{reasons}</div>')
     if forest:
         words = (
             f"{_arms(item)} Each row is one metric: the mark is the measured ratio, the bar through it the 95 % "
@@ -118,6 +125,16 @@ def _latency(sample: Json, key: str) -> str:
     )
 
 
+def _note(row: Json) -> str:
+    share = row["fraction_of_ceiling"]
+    return str(row["verdict"]) + ("" if share is None else f", {fmt.percent(share)} of ceiling")
+
+
+def _verdict(item: Json, row: Json) -> Any:
+    """The verdict, in red and with the word where the arms are not certified."""
+    return badge(False, bad=f"unverified: {escape(row['verdict'])}") if item.get("unverified") else row["verdict"]
+
+
 def _ratio_table(item: Json) -> str:
     rows = [
         [
@@ -125,7 +142,7 @@ def _ratio_table(item: Json) -> str:
             None if row["ratio"] is None else fmt.ratio(row["ratio"]),
             fmt.interval(*row["interval"]) if row["interval"] else None,
             fmt.interval(*row["bootstrap_interval"]) if row["bootstrap_interval"] else None,
-            digits(row["p_value"]), row["verdict"],
+            digits(row["p_value"]), _verdict(item, row),
             fmt.interval(*row["control_interval"]) if row["control_interval"] else None,
             None if row["noise_floor"] is None else f"±{fmt.percent(row['noise_floor'])}",
             None if row["ceiling"] is None else fmt.ratio(row["ceiling"]),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sglp_bench.certificates import Certification
 from sglp_bench.memory import MemoryReading
 from sglp_bench.timing import BlockSamples
 from sglp_bench.workload import Workload
@@ -78,7 +79,8 @@ class ArmResult:
 
     Attributes:
         artifact: ``digest``, ``format``, ``precision``, ``n_layers``, ``weight_bytes``, ``artifact_bytes``,
-            ``plan_digest`` and ``model_id`` of the artifact.
+            ``plan_digest`` and ``model_id`` of the artifact, and ``certificate``
+            (:class:`sglp_bench.certificates.Certification`; results of before there was one lack it).
         blocks: In the order they ran.
         memory: Rung to reading: ``host_idle``, ``host_peak`` and, on a graphics card, the device rungs.
     """
@@ -226,7 +228,7 @@ def check_samples(label: str, block: Block, workload: Workload) -> None:
                 )
 
 
-def artifact_facts(artifact: ExportArtifact) -> dict[str, Any]:
+def artifact_facts(artifact: ExportArtifact, certificate: Certification) -> dict[str, Any]:
     """What a result keeps about an artifact (see :class:`ArmResult`)."""
     return {
         "digest": artifact.digest,
@@ -238,6 +240,7 @@ def artifact_facts(artifact: ExportArtifact) -> dict[str, Any]:
         "plan_digest": artifact.plan_digest,
         "model_id": artifact.model.get("id"),
         "model_fingerprint": artifact.model.get("fingerprint"),
+        "certificate": certificate.to_json(),
     }
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglp_deploy.errors import BackendError, ConfigError
+from sglp_exporters._onnx_options import BITS
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -31,6 +32,8 @@ class _Session:
         self.file = artifact.path / MODEL_FILE
         self.device, _, index = device.partition(":")
         self.device_index = int(index or 0)
+        self._precision = artifact.precision
+        self.description = ""
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"ONNX Runtime runs on cpu or cuda here, not {device!r}; pass --device cpu or cuda")
         self._threads = threads
@@ -63,12 +66,15 @@ class _Session:
             raise BackendError(
                 f"ONNX Runtime cannot load {self.file}; {str(error).splitlines()[0]}; export it again"
             ) from error
-        # A provider that fails to load is dropped with a warning, so ask what is really there.
-        if wanted not in session.get_providers():
+        # A provider that fails to load is dropped with a warning, so ask what is really there.  The first one is asked
+        # first for every node; ONNX Runtime always puts its CPU kernels behind it.
+        if session.get_providers()[:1] != [wanted]:
             raise BackendError(
                 f"ONNX Runtime fell back from {wanted} to {session.get_providers()}; a number taken there would be "
                 "mislabelled; install onnxruntime-gpu with its CUDA libraries, or use --device cpu"
             )
+        compared = f"; weights are {self._precision}, the reference's are not" if self._precision in BITS else ""
+        self.description = f"ONNX Runtime {onnxruntime.__version__} on {self.device}{compared}"
         self._session = session
 
     def unload(self) -> None:
@@ -109,6 +115,7 @@ class OnnxForwardRunner:
     def __init__(self, artifact: ExportArtifact, device: str = "cpu", threads: int | None = None) -> None:
         self._session = _Session(artifact, device, threads)
         self._dtypes = {spec.name: np.dtype(spec.dtype) for spec in artifact.inputs}
+        self.description = ""  # what ran, once it is known; the caller may say it first
 
     def __enter__(self) -> OnnxForwardRunner:
         """Load the graph.
@@ -117,6 +124,7 @@ class OnnxForwardRunner:
             BackendError: If ONNX Runtime refuses the graph or falls back from the device that was asked for.
         """
         self._session.load()
+        self.description = self.description or self._session.description
         return self
 
     def __exit__(
@@ -156,6 +164,7 @@ class OnnxRuntimeRunner:
         self._cache_outputs: list[str] = []
         self._cache: list[onnxruntime.OrtValue] = []
         self._mask: NDArray[np.int64] | None = None
+        self.description = ""  # what ran, once it is known; the caller may say it first
 
     def __enter__(self) -> OnnxRuntimeRunner:
         """Load the graph.
@@ -164,6 +173,7 @@ class OnnxRuntimeRunner:
             BackendError: If ONNX Runtime refuses the graph or falls back from the device that was asked for.
         """
         self._session.load()
+        self.description = self.description or self._session.description
         self._cache, self._mask = [], None
         self._cache_outputs = [name for name in self._session.outputs if name.startswith(_PRESENT)]
         self._cache_inputs = [name.replace(_PRESENT, _PAST) for name in self._cache_outputs]

@@ -86,6 +86,13 @@ class _Compiled:
             raise BackendError(
                 f"OpenVINO {version()} cannot load {self.file}; {reason(error)}; export it again"
             ) from error
+        # What was compiled for says where it runs; OpenVINO's heterogeneous plugins place parts of a network elsewhere.
+        ran = [str(name) for name in live.get_property("EXECUTION_DEVICES")]
+        if any(name.partition(".")[0] != self.device.partition(".")[0] for name in ran) or not ran:
+            raise BackendError(
+                f"OpenVINO went to {', '.join(ran) or 'no device'} although {self.device} was asked for; a number "
+                f"taken there would be mislabelled; check the devices with its benchmark_app, or use --device cpu"
+            )
         arithmetic = live.get_property("INFERENCE_PRECISION_HINT").to_string()
         self.description = f"OpenVINO {version()} on {self.device}, computing in {arithmetic}"
         self._live = live

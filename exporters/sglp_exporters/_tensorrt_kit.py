@@ -130,6 +130,8 @@ def write_kit(
     Raises:
         BackendError: If most of the graph's weights are not of the type the artifact says.
     """
+    from sglp_exporters._onnx_passes import required_inputs
+
     check_weight_types(folder / MODEL_FILE, artifact.precision)
     network = MODEL_FILE
     if artifact.details.get("optional_inputs"):
@@ -158,23 +160,6 @@ def write_kit(
     return kit
 
 
-def required_inputs(file: Path) -> bytes:
-    """The graph in ``file`` with no default for any input; the weights stay in their own file beside it.
-
-    TensorRT takes an input that has a default for a constant, and the engine would give the last position's logits
-    only.
-    """
-    import onnx
-
-    model = onnx.load(str(file), load_external_data=False)
-    inputs = {value.name for value in model.graph.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name not in inputs]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    graph: bytes = model.SerializeToString(deterministic=True)
-    return graph
-
-
 def check_weight_types(file: Path, precision: str) -> None:
     """Refuse a graph most of whose weights are not of the type it is called by: an engine takes types from the graph.
 
@@ -183,7 +168,8 @@ def check_weight_types(file: Path, precision: str) -> None:
     """
     import onnx
 
-    names = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
+    types = onnx.TensorProto
+    names = {types.FLOAT: "fp32", types.FLOAT16: "fp16", types.BFLOAT16: "bf16", types.INT8: "int8"}
     elements: dict[str, int] = {}
     for tensor in onnx.load(str(file), load_external_data=False).graph.initializer:
         if tensor.data_type in names:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.materialize import CompressedModel
 from sglp_deploy.protocols import check_open_options
 from sglp_deploy.reference import TorchRunner
+from sglp_exporters import _stored_weights
 from sglp_exporters._checkpoint import CheckpointRunner, export_checkpoint, refuse_options
+
+if TYPE_CHECKING:
+    from sglp_deploy.diagnosis import StoredTensor
 
 
 class TorchExporter:
@@ -28,6 +32,10 @@ class TorchExporter:
         """Write the checkpoint and its manifest."""
         refuse_options(self.name, options)
         return export_checkpoint(model, Path(out_dir), self.name, {"runner": "PyTorch eager, transformers"})
+
+    def stored_weights(self, artifact: ExportArtifact) -> Iterator[StoredTensor]:
+        """The weights in the files, by name; for checks of their types and values."""
+        return _stored_weights.of_safetensors(artifact)
 
     def open(self, artifact: ExportArtifact, **options: Any) -> TorchRunner:
         """A PyTorch runner on ``device`` with ``threads``."""

@@ -8,8 +8,8 @@ output head.  A forward graph takes the model's own inputs by name and gives its
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +17,8 @@ from sglp_deploy import _io
 from sglp_deploy.artifact import PLAN_FILE, ExportArtifact, TensorSpec, producer_versions, write_manifest
 from sglp_deploy.errors import BackendError, ConfigError
 from sglp_deploy.protocols import check_open_options
+from sglp_exporters import _stored_weights
+from sglp_exporters._onnx_options import OnnxOptions, read_options
 from sglp_exporters._onnx_runner import MODEL_FILE, OPTIONAL_INPUT, OnnxForwardRunner, OnnxRuntimeRunner
 
 # Nothing here may import torch: a benchmark's worker comes this way, and its memory must be the artifact's alone.
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from sglp_deploy.diagnosis import StoredTensor
     from sglp_deploy.materialize import CompressedModel
     from sglp_exporters._layer_template import LayerTemplate
 
@@ -73,24 +76,40 @@ class OnnxExporter:
     def export(self, model: CompressedModel, out_dir: Path, **options: Any) -> ExportArtifact:
         """Write ``model.onnx``, its external data, the plan and the manifest.
 
+        Args:
+            model: What to export.
+            out_dir: Complete or untouched.
+            options: ``precision`` ("fp32", "fp16", "int8" or "int4"; the model's own when omitted), ``opset`` (18 to
+                25), ``block_size`` and ``symmetric`` (of quantised weights), ``attention`` ("grouped" or "traced"); see
+                docs/exporting.md.
+
         Raises:
-            ConfigError: If an option is given (there are none yet), or the weights are bfloat16.
-            BackendError: If the model cannot be traced, or the graph does not pass the ONNX checker.
+            ConfigError: If an option is unknown or wrong, or the weights are bfloat16.
+            BackendError: If the model cannot be traced, an operator does not exist in the opset, or the graph does not
+                pass the ONNX checker.
             StorageError: If the disk is full; nothing is left under ``out_dir``.
         """
-        import onnx
         import onnx_ir as ir
 
-        from sglp_deploy.adapters import precision
-        from sglp_exporters import _onnx_passes
+        from sglp_deploy.adapters import precision as precision_of
+        from sglp_exporters import _forward_trace, _onnx_passes
+        from sglp_exporters._precision import in_precision
 
-        if options:
-            raise ConfigError(f"exporter 'onnx' does not know {', '.join(sorted(options))}; it has no options yet")
-        self.check_precision(precision(model.module))
-        made = self._trace(model.module)
+        own = precision_of(model.module)
+        self.check_precision(own)
+        chosen = read_options(options, own)
+        if chosen.bits is not None and _forward_trace.forward_only_reason(model.module) is not None:
+            raise ConfigError(
+                f"precision={chosen.precision!r} is for decoders with a cache; no bounds are known by which to certify "
+                f"a {type(model.module).__name__} in it; pass precision=fp16"
+            )
+        made = self._trace(in_precision(model, "fp16" if chosen.precision == "fp16" else None).module)
         graph = made.graph
         _onnx_passes.store_weights_transposed(graph)
-        _onnx_passes.simplify(graph)
+        _onnx_passes.simplify(graph, group_heads=chosen.attention == "grouped")
+        if chosen.opset is not None:
+            _onnx_passes.convert_opset(graph, chosen.opset)
+        details = _quantize(graph, chosen, own)
         takes_positions = any(value.name == OPTIONAL_INPUT for value in graph.graph.inputs)
         if takes_positions:
             _onnx_passes.default_logits_to_last(graph)
@@ -99,19 +118,14 @@ class OnnxExporter:
         _strip_trace_notes(graph)
         with _io.staged_directory(Path(out_dir)) as folder:
             ir.save(graph, folder / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
-            try:
-                onnx.checker.check_model(str(folder / MODEL_FILE))
-            except onnx.checker.ValidationError as error:
-                raise BackendError(
-                    f"the assembled graph is not valid ONNX; {str(error).splitlines()[0]}; report this as a bug"
-                ) from error
+            _check(folder / MODEL_FILE)
             model.plan.save(folder / PLAN_FILE)
             write_manifest(
                 folder,
                 format=self.name,
                 inputs=inputs,
                 outputs=outputs,
-                precision=precision(model.module),
+                precision=chosen.precision,
                 weight_bytes=weight_bytes,
                 n_layers=model.n_layers,
                 plan_digest=model.plan.digest(),
@@ -126,6 +140,7 @@ class OnnxExporter:
                     "why_forward": made.why_forward,
                     "traced": made.traced,
                     "why_whole": made.why_whole,
+                    **details,
                 },
             )
         return ExportArtifact.load(out_dir, check_files=False)
@@ -141,6 +156,10 @@ class OnnxExporter:
                 "the weights are bfloat16; ONNX Runtime lacks kernels for that type, so the graph would not load; load "
                 "the model with --dtype fp32 or --dtype fp16"
             )
+
+    def stored_weights(self, artifact: ExportArtifact) -> Iterator[StoredTensor]:
+        """The weights in the files, by name; for checks of their types and values."""
+        return _stored_weights.of_onnx(artifact)
 
     def open(self, artifact: ExportArtifact, **options: Any) -> OnnxRuntimeRunner | OnnxForwardRunner:
         """A runner on ``device`` ("cpu" or "cuda") with ``threads``; it generates if the graph has a cache."""
@@ -176,6 +195,37 @@ class OnnxExporter:
         if owner._template is None or not owner._template.covers(module):
             owner._template = LayerTemplate.trace(module)
         return owner._template
+
+
+def _quantize(graph: ir.Model, chosen: OnnxOptions, own: str) -> dict[str, Any]:
+    """Round the weights as it was asked for; what the manifest says of it, nothing where they stay as they are."""
+    if chosen.bits is None or chosen.block_size is None or chosen.symmetric is None:
+        return {}
+    from sglp_exporters._onnx_quantize import quantize_weights
+
+    made = quantize_weights(graph, bits=chosen.bits, block_size=chosen.block_size, symmetric=chosen.symmetric)
+    return {
+        # Cache and arithmetic between the products stay in the model's own type, and it is what the certificate needs.
+        "model_precision": own,
+        "quantized": {"block_size": chosen.block_size, "symmetric": chosen.symmetric, **asdict(made)},
+    }
+
+
+def _check(file: Path) -> None:
+    """Refuse a file that ONNX's checker refuses, with shapes and types inferred through the whole graph.
+
+    Raises:
+        BackendError: With the checker's first words.
+    """
+    import onnx
+
+    try:
+        # By its path: a graph whose weights are beyond 2 GB cannot be checked in memory.
+        onnx.checker.check_model(str(file), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise BackendError(
+            f"the assembled graph is not valid ONNX; {str(error).splitlines()[0]}; report this as a bug"
+        ) from error
 
 
 def _specs(graph: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

@@ -9,7 +9,7 @@ Nothing here may import torch: a benchmark's worker comes this way, and its memo
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from sglp_deploy._names import unknown_name
 from sglp_deploy.artifact import PLAN_FILE, ExportArtifact, producer_versions, write_manifest
 from sglp_deploy.errors import BackendError, ConfigError, StorageError
 from sglp_deploy.protocols import check_open_options
+from sglp_exporters import _stored_weights
 from sglp_exporters._onnx_runner import MODEL_FILE as ONNX_FILE
 from sglp_exporters._openvino_runner import (
     MODEL_FILE,
@@ -31,6 +32,7 @@ from sglp_exporters._openvino_runner import (
 if TYPE_CHECKING:
     import openvino
 
+    from sglp_deploy.diagnosis import StoredTensor
     from sglp_deploy.materialize import CompressedModel
 
 __all__ = ["OpenVinoExporter", "OpenVinoForwardRunner", "OpenVinoRunner"]
@@ -100,6 +102,10 @@ class OpenVinoExporter:
             )
         return ExportArtifact.load(out_dir, check_files=False)
 
+    def stored_weights(self, artifact: ExportArtifact) -> Iterator[StoredTensor]:
+        """The weights in the files, by name; for checks of their types and values."""
+        return _stored_weights.of_openvino(artifact)
+
     def open(self, artifact: ExportArtifact, **options: Any) -> OpenVinoRunner | OpenVinoForwardRunner:
         """A runner on ``device`` ("cpu", or OpenVINO's own name for another: "gpu", "gpu.1", "npu") with ``threads``.
 
@@ -134,7 +140,7 @@ def _convert(folder: Path) -> openvino.Model:
     """The network of the ONNX in ``folder``, every input of which is really one."""
     import openvino
 
-    from sglp_exporters._tensorrt_kit import required_inputs
+    from sglp_exporters._onnx_passes import required_inputs
 
     # OpenVINO, too, takes an input that has a default for a constant: only the last position's logits would remain.
     required = folder / "required.onnx"

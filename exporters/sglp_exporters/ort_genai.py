@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -27,10 +27,12 @@ from sglp_deploy._names import unknown_name
 from sglp_deploy.artifact import PLAN_FILE, ExportArtifact, TensorSpec, producer_versions, write_manifest
 from sglp_deploy.errors import BackendError, ConfigError, UnsupportedModelError
 from sglp_deploy.protocols import check_open_options
+from sglp_exporters import _stored_weights
 
 if TYPE_CHECKING:
     import onnxruntime_genai
 
+    from sglp_deploy.diagnosis import StoredTensor
     from sglp_deploy.materialize import CompressedModel
 
 MODEL_FILE = "model.onnx"
@@ -126,6 +128,10 @@ class OrtGenaiExporter:
             )
         return ExportArtifact.load(out_dir, check_files=False)
 
+    def stored_weights(self, artifact: ExportArtifact) -> Iterator[StoredTensor]:
+        """The weights in the files, by name; for checks of their types and values."""
+        return _stored_weights.of_onnx(artifact)
+
     def open(self, artifact: ExportArtifact, **options: Any) -> OrtGenaiRunner:
         """A generating runner on "cpu" with ``threads``."""
         return OrtGenaiRunner(artifact, **check_open_options(self.name, options))
@@ -150,6 +156,7 @@ class OrtGenaiRunner:
             )
         self._folder = artifact.path
         self._precision = artifact.precision
+        self._cached = [spec.name for spec in artifact.outputs if spec.name.startswith("present.")]
         self._threads = threads
         self._model: onnxruntime_genai.Model | None = None
         self._longest = 0
@@ -176,6 +183,11 @@ class OrtGenaiRunner:
             raise BackendError(
                 f"ONNX Runtime GenAI {og.__version__} cannot load {self._folder}; {_first_line(error)}; export it again"
             ) from error
+        if self._model.device_type != "CPU":  # its own folder may name another provider than was asked for
+            raise BackendError(
+                f"ONNX Runtime GenAI went to {self._model.device_type} although cpu was asked for; a number taken "
+                f"there would be mislabelled; take provider_options out of {CONFIG_FILE}"
+            )
         compared = "" if self._precision == "fp32" else f"; weights are {self._precision}, the reference's are not"
         self.description = f"ONNX Runtime GenAI {og.__version__} on cpu, rows one after another{compared}"
         return self
@@ -187,10 +199,15 @@ class OrtGenaiRunner:
         self._rows, self._model = [], None
 
     def forward(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Logits of every position of ``input_ids``; sequences that were being continued stay as they are."""
+        """Logits of every position of ``input_ids``; sequences that were being continued stay as they are.
+
+        For a single row also what its cache holds then, under the graph's names.
+        """
         rows, self._rows = self._rows, []
         try:
-            return {"logits": self.prefill(inputs["input_ids"], inputs.get("attention_mask"), all_positions=True)}
+            logits = self.prefill(inputs["input_ids"], inputs.get("attention_mask"), all_positions=True)
+            cache = self._rows[0].cache(self._cached) if len(self._rows) == 1 else {}
+            return {"logits": logits, **cache}
         finally:
             self._rows = rows
 
@@ -256,6 +273,11 @@ class _Row:
         self._tokens.append(token)
         # It refuses the token that would fill its cache.
         return self.start() if len(self._tokens) >= self._size else self._append([token])
+
+    def cache(self, names: list[str]) -> dict[str, NDArray[Any]]:
+        """Outputs of the graph that hold keys and values, without the room after the last token."""
+        assert self._generator is not None
+        return {name: self._generator.get_output(name)[:, :, : len(self._tokens)] for name in names}
 
     def _append(self, tokens: list[int], *, all_positions: bool = False) -> NDArray[np.float32]:
         assert self._generator is not None

@@ -7,11 +7,10 @@ executed, and certified, by the same command on a machine that has the device.
 
 from __future__ import annotations
 
-import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from sglp_deploy._names import unknown_name
 from sglp_deploy.artifact import MANIFEST, ExportArtifact, producer_versions, write_manifest
 from sglp_deploy.errors import ArtifactError, BackendError, ConfigError
 from sglp_deploy.protocols import Runner, check_open_options
-from sglp_exporters import _tensorrt_build
+from sglp_exporters import _stored_weights, _tensorrt_build
 from sglp_exporters._onnx_runner import MODEL_FILE
 from sglp_exporters._tensorrt_build import ENGINE_FILE, KIT_FILE, REPORT_FILE, SCRIPT_FILE, Refused
 
@@ -29,6 +28,7 @@ from sglp_exporters._tensorrt_build import ENGINE_FILE, KIT_FILE, REPORT_FILE, S
 if TYPE_CHECKING:
     from torch import nn
 
+    from sglp_deploy.diagnosis import StoredTensor
     from sglp_deploy.materialize import CompressedModel
 
 _STAND_IN = "ONNX Runtime on the ONNX this engine was built from; engine not executed"
@@ -48,6 +48,8 @@ class _Options:
     sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     timing_cache: str | Path | None = None
     kit: bool = False
+    activations: str | None = None
+    calibration: str | Path | None = None
 
 
 class TensorRTExporter:
@@ -75,12 +77,15 @@ class TensorRTExporter:
         Args:
             model: What to export.
             out_dir: Complete or untouched.
-            options: ``target`` ("portable", "sm_86", "rtx-4090", several after commas), ``precision`` ("fp32" or
-                "fp16"; the model's own when omitted), ``max_batch``, ``max_prompt``, ``max_total``, ``sizes`` (ranges
-                by name), ``timing_cache`` (a file), ``kit`` (stop before the engine: see :class:`TensorRTKitExporter`).
+            options: ``target`` ("portable", "sm_86", "rtx-4090", several after commas), ``precision`` ("fp32", "fp16"
+                or "int8"; the model's own when omitted), ``max_batch``, ``max_prompt``, ``max_total``, ``sizes``
+                (ranges by name), ``timing_cache`` (a file), ``kit`` (stop before the engine: see
+                :class:`TensorRTKitExporter`); with "int8" also ``activations`` and ``calibration`` (see
+                :mod:`sglp_exporters._tensorrt_int8`).
 
         Raises:
             ConfigError: If an option is wrong, or this TensorRT cannot build for the target.
+            MissingDependencyError: If int8 is asked for and ModelOpt's environment is not there.
             BackendError: If the model cannot be traced, or TensorRT refuses the graph; the node is named.
             StorageError: If the disk is full; nothing is left under ``out_dir``.
         """
@@ -113,6 +118,10 @@ class TensorRTExporter:
                 {report["runtime"]["package"]: report["runtime"]["version"]},
             )
         return ExportArtifact.load(out_dir, check_files=False)
+
+    def stored_weights(self, artifact: ExportArtifact) -> Iterator[StoredTensor]:
+        """The weights of the ONNX in the folder, by name; an engine's own cannot be read."""
+        return _stored_weights.of_onnx(artifact)
 
     def open(self, artifact: ExportArtifact, **options: Any) -> Runner:
         """The engine's runner on "cuda"; on "cpu" a runner of the very ONNX it was built from.
@@ -173,6 +182,10 @@ class TensorRTKitExporter:
             _write_manifest(self.name, model, folder, inner, details, {})
         return ExportArtifact.load(out_dir, check_files=False)
 
+    def stored_weights(self, artifact: ExportArtifact) -> Iterator[StoredTensor]:
+        """The weights of the ONNX in the folder, by name; an engine's own cannot be read."""
+        return _stored_weights.of_onnx(artifact)
+
     def open(self, artifact: ExportArtifact, **options: Any) -> Runner:
         """On "cuda" the engine that ``build.py`` made in this folder; on "cpu" a runner of the ONNX.
 
@@ -199,10 +212,15 @@ def _options(exporter: str, options: Mapping[str, Any]) -> _Options:
         if name not in known:
             raise unknown_name(f"option of exporter {exporter!r}", name, known)
     chosen = _Options(**options)
-    if chosen.precision not in (None, "fp32", "fp16"):
+    if chosen.precision not in (None, "fp32", "fp16", "int8"):
         raise ConfigError(
-            f"precision={chosen.precision!r} is not offered; engines are made of fp32 or fp16 graphs; pass one of them"
+            f"precision={chosen.precision!r} is not offered; engines are made of fp32, fp16 or int8 graphs; pass one"
         )
+    for option in ("activations", "calibration"):
+        if getattr(chosen, option) is not None and chosen.precision != "int8":
+            raise ConfigError(
+                f"{option} is an option of int8; nothing else is calibrated; pass precision='int8' as well"
+            )
     return chosen
 
 
@@ -216,9 +234,22 @@ def _targets(target: str | Sequence[str]) -> tuple[str, ...]:
 def _write_kit(model: CompressedModel, folder: Path, chosen: _Options, targets: Sequence[str]) -> ExportArtifact:
     """The ONNX artifact's files and the kit's in ``folder``; returns the ONNX artifact as it lies there."""
     from sglp_exporters import _tensorrt_kit
+    from sglp_exporters._precision import in_precision
 
     limits = _limits(model.module, chosen)
-    exported = registry.exporter("onnx").export(in_precision(model, chosen.precision), folder / "onnx")
+    quantised = chosen.precision == "int8"
+    if quantised:
+        from sglp_deploy.adapters import precision as precision_of
+        from sglp_exporters import _tensorrt_int8
+
+        _tensorrt_int8.check_request(chosen.activations, precision_of(model.module))
+    cast = model if quantised else in_precision(model, chosen.precision)
+    # TensorRT finds attention by patterns of its own; what it makes of the rewritten form was never seen on a GPU.
+    exported = registry.exporter("onnx").export(cast, folder / "onnx", attention="traced")
+    if quantised:
+        exported = _tensorrt_int8.quantise(
+            model, exported, activations=chosen.activations, calibration=chosen.calibration
+        )
     for name in exported.files:
         os.replace(exported.path / name, folder / name)
     (exported.path / MANIFEST).unlink()
@@ -259,50 +290,6 @@ def _positions(module: nn.Module) -> int:
     return found if isinstance(found, int) and found > 0 else sys.maxsize
 
 
-def in_precision(model: CompressedModel, precision: str | None) -> CompressedModel:
-    """``model`` with its weights in another element type, in tensors of its own; itself when it has that type.
-
-    As transformers' ``from_pretrained(dtype=...)`` does it: parameters and stored buffers change, except those the
-    family keeps in float32; buffers that are computed (the frequencies of rotary positions) do not.
-
-    Raises:
-        BackendError: If a weight is too large for the type.
-    """
-    import torch
-
-    from sglp_deploy.adapters import precision as precision_of
-
-    before = precision_of(model.module)
-    if precision is None or precision == before:
-        return model
-    dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
-    module = copy.deepcopy(model.module)
-    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype is torch.float16 else set()
-    kept |= set(getattr(module, "_keep_in_fp32_modules_strict", None) or ()) if dtype is torch.float16 else set()
-
-    def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_floating_point() or kept & set(name.split(".")):
-            return tensor
-        made = tensor.to(dtype)
-        if not bool(torch.isfinite(made).all()) and bool(torch.isfinite(tensor).all()):
-            raise BackendError(
-                f"{name} holds {float(tensor.abs().max()):.3g}, beyond {precision}; the engine would give NaN; export "
-                "it with precision='fp32'"
-            )
-        return made
-
-    for name, parameter in module.named_parameters():
-        parameter.data = cast(name, parameter.data)
-    for prefix, owner in module.named_modules():
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and name not in owner._non_persistent_buffers_set:
-                owner._buffers[name] = cast(f"{prefix}.{name}", buffer)
-    config: Any = getattr(module, "config", None)
-    if config is not None:
-        config.dtype = dtype
-    return replace(model, module=module)
-
-
 def _run_builder(folder: Path, timing_cache: str | Path | None) -> dict[str, Any]:
     """Run the kit's own script in a process of its own and read its report."""
     command = [sys.executable, str(folder / SCRIPT_FILE), "--out", str(folder)]
@@ -340,18 +327,23 @@ def _write_manifest(
         model=model.source.to_json(),
         derived_from=inner.derived_from,
         producer={**producer_versions("torch", "transformers", "onnx", "onnx-ir", "onnxscript"), **versions},
-        details={**details, "interface": inner.details["interface"], "onnx": dict(inner.details)},
+        details={
+            **details,
+            **({"model_precision": "fp32"} if inner.precision == "int8" else {}),  # what it is compared with
+            "interface": inner.details["interface"],
+            "onnx": dict(inner.details),
+        },
     )
 
 
 def _stand_in(artifact: ExportArtifact, network_sha256: str, options: Mapping[str, Any]) -> Runner:
     """A runner of the ONNX in the folder, after making sure that it is what TensorRT was given."""
-    from sglp_exporters import _tensorrt_kit
+    from sglp_exporters._onnx_passes import required_inputs
 
     network = _io.read_json(artifact.path / KIT_FILE, "tensorrt-kit")["network"]
     same = artifact.files[network].sha256 == network_sha256
     if same and network != MODEL_FILE:
-        same = (artifact.path / network).read_bytes() == _tensorrt_kit.required_inputs(artifact.path / MODEL_FILE)
+        same = (artifact.path / network).read_bytes() == required_inputs(artifact.path / MODEL_FILE)
     if not same:
         raise ArtifactError(
             f"the ONNX in {artifact.path} is not the one TensorRT was given; a certificate would be about another "

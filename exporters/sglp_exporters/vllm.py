@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,11 @@ from sglp_deploy.errors import BackendError, MissingDependencyError, Unsupported
 from sglp_deploy.materialize import CompressedModel
 from sglp_deploy.protocols import Runner, check_open_options
 from sglp_deploy.workers import Worker
+from sglp_exporters import _stored_weights
 from sglp_exporters._checkpoint import CheckpointRunner, export_checkpoint, refuse_options
+
+if TYPE_CHECKING:
+    from sglp_deploy.diagnosis import StoredTensor
 
 LAUNCH_FILE = "vllm_serve.json"
 _WORKER = Path(__file__).with_name("workers") / "vllm_worker.py"
@@ -73,6 +77,10 @@ class VllmExporter:
         return export_checkpoint(
             model, Path(out_dir), self.name, details, lambda folder: _io.write_json(folder / LAUNCH_FILE, launch)
         )
+
+    def stored_weights(self, artifact: ExportArtifact) -> Iterator[StoredTensor]:
+        """The weights in the files, by name; for checks of their types and values."""
+        return _stored_weights.of_safetensors(artifact)
 
     def open(self, artifact: ExportArtifact, **options: Any) -> Runner:
         """vLLM in its own environment when that is there, else a PyTorch runner over the same folder."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -49,6 +50,12 @@ class Console:
         """One line a user should read even when quiet."""
         self.close()
         print(f"warning: {line}", file=sys.stderr, flush=True)
+
+    def alarm(self, line: str) -> None:
+        """One line that spoils the answer: in red on a terminal, and in words everywhere."""
+        self.close()
+        red, plain = ("\033[1;31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
+        print(f"{red}{line}{plain}", file=sys.stderr, flush=True)
 
     def result(self, text: str, value: Any) -> None:
         """The command's answer, for people and, with ``--json``, for programs."""

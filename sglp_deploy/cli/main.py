@@ -168,12 +168,18 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("artifact", help="artifact folder")
     verify.add_argument("--model", help="the unpruned model, when it has moved since the export")
     verify.add_argument("--text", help="text for the prompts (default: built-in prose)")
-    verify.add_argument("-o", "--output", help="file to write (parity.json)")
+    verify.add_argument("-o", "--output", help="file to write as well (parity.json is left in the artifact's folder)")
     _loading(verify)
 
-    bench = verb("bench", "measure an artifact, paired against another one (exit 4 when not comparable)")
+    bench = verb("bench", "measure a certified artifact, paired against another one (exit 4 when not comparable)")
     bench.add_argument("artifact", help="artifact folder")
     bench.add_argument("--against", metavar="DIR", help="the baseline's artifact folder")
+    bench.add_argument(
+        "--certificate", action="append", metavar="FILE", help="a parity.json that lies elsewhere; may be repeated"
+    )
+    bench.add_argument(
+        "--unverified", action="store_true", help="measure what is not certified; marked in every output"
+    )
     bench.add_argument("--workload", default="decode-small", help="name of a workload (default: %(default)s)")
     bench.add_argument("--no-control", action="store_true", help="leave out the A/A control")
     bench.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")

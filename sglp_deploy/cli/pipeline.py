@@ -50,7 +50,7 @@ EXIT_FAILED, EXIT_PARITY = 1, 3
 _FAILS_ALONE = (ExportError, UnsupportedModelError, ArtifactError, ConfigError)
 
 # Formats whose runner here is the runtime the artifact is made for, so a time taken with it means something.
-_MEASURED = ("onnx", "openvino", "ort-genai", "torch")
+_MEASURED = ("executorch", "gguf", "onnx", "openvino", "optimum", "ort-genai", "torch")
 _VERSIONED = (
     "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino",
     "onnxruntime-genai", "tensorrt", "tensorrt-rtx", "numpy",
@@ -173,9 +173,11 @@ class Pipeline:
 
     def _verify_artifacts(self, made: Mapping[str, str], model: str) -> list[str]:
         products = []
+        made_for = self._config.to
+        measured = any(name in _MEASURED and f"{name}-baseline" in made for name in made_for)
         for name, product in made.items():
-            if name == "torch" and "torch" not in self._config.to:
-                continue  # loaded back bit for bit when it was written; measured only as what ONNX is compared with
+            if name == "torch" and "torch" not in made_for and not measured:
+                continue  # nothing will be timed against it, and it was loaded back bit for bit when it was written
 
             def verify(name: str = name) -> None:
                 text = session.own_text(self._config.text, max_tokens=8_192)
@@ -205,9 +207,14 @@ class Pipeline:
                 measured.append(name)
         if not measured:
             return ""
-        names = [*measured, *(f"{name}-against-torch" for name in measured if name != "torch")]
+        arms = {arm: made[arm] for name in measured for arm in (f"{name}-baseline", name)}
+        names = list(measured)
+        if self._certified("torch") and self._parity("torch").passed:
+            arms["torch"] = made["torch"]
+            names += [f"{name}-against-torch" for name in measured if name != "torch"]
+        else:
+            self._console.warn("nothing is compared with PyTorch eager; the checkpoint is not certified")
         outputs = [f"bench/{name}/{file}" for name in names for file in ("result.json", "comparison.json")]
-        arms = {arm: made[arm] for name in measured for arm in (f"{name}-baseline", name)} | {"torch": made["torch"]}
         settings = {
             "workload": self._workload.to_json(),
             "measured": measured,
@@ -227,12 +234,19 @@ class Pipeline:
         # "torch" is PyTorch eager on the same pruned model: what a user has before any export.
         artifacts = {name: self._artifact(name) for name in arms}
         baseline = f"{measured[0]}-baseline"
-        result = run_arms(artifacts, self._workload, baseline=baseline, out_dir=work, progress=progress)
+        result = run_arms(
+            artifacts,
+            self._workload,
+            baseline=baseline,
+            out_dir=work,
+            progress=progress,
+            certificates=[self._parity(name) for name in arms],
+        )
         ceilings = _ceilings(plan, self._workload.batch_size)
         for name in measured:
             comparison = compare_results(result, baseline=f"{name}-baseline", candidate=name).with_ceilings(ceilings)
             self._save_comparison(name, comparison, result)
-            if name != "torch":
+            if name != "torch" and "torch" in arms:
                 versus = compare_results(result, baseline="torch", candidate=name, allow=("precision",))
                 self._save_comparison(f"{name}-against-torch", versus, result)
         shutil.rmtree(work, ignore_errors=True)

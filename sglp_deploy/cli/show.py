@@ -163,8 +163,11 @@ def _comparison(value: Json) -> str:
 
 
 def _result(value: Json) -> str:
-    rows = []
+    from sglp_bench.certificates import unverified_note
+
+    rows, notes = [], []
     for label, arm in value["arms"].items():
+        notes += [note] if (note := unverified_note(label, arm["artifact"])) else []
         samples = [block["samples"] for block in arm["blocks"]]
         rows.append(
             (
@@ -176,7 +179,8 @@ def _result(value: Json) -> str:
             )
         )
     columns = ("arm", "blocks", "prefill, median", "decode step, median", "peak host memory")
-    return f"workload {value['workload']['name']}\n\n{table(rows, columns)}"
+    head = f"workload {value['workload']['name']}"
+    return f"{head}\n\n{table(rows, columns)}" + "".join(f"\nnote: {note}" for note in notes)
 
 
 def _level(metric: str, value: float) -> str:

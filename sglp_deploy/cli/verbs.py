@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglp_deploy.cli.console import Console, table
 from sglp_deploy.config import RunConfig
-from sglp_deploy.errors import ArtifactError
+from sglp_deploy.errors import ArtifactError, StorageError
+
+if TYPE_CHECKING:
+    from sglp_deploy.artifact import ExportArtifact
+    from sglp_deploy.certificate import ParityReport
 
 EXIT_PARITY = 3
 
@@ -78,40 +83,69 @@ def run_verify(arguments: argparse.Namespace, console: Console) -> int:
     report = session.plain_compressor(arguments, console).verify(artifact, text=text, threads=arguments.threads)
     if arguments.output:
         report.save(arguments.output)
+    _keep_certificate(report, artifact, console, written=arguments.output)
     console.result(describe(report.to_json()), report.to_json())
     return 0 if report.passed else EXIT_PARITY
 
 
+def _keep_certificate(report: ParityReport, artifact: ExportArtifact, console: Console, *, written: str | None) -> None:
+    """Leave the certificate in the artifact's folder, where ``bench`` looks for it."""
+    from sglp_bench.certificates import CERTIFICATE
+
+    try:
+        report.save(artifact.path / CERTIFICATE)
+    except StorageError as error:
+        advice = f"give bench --certificate {written}" if written else "verify again with -o FILE"
+        console.warn(f"the certificate is not kept with the artifact; {error}; to benchmark it, {advice}")
+
+
 def run_bench(arguments: argparse.Namespace, console: Console) -> int:
-    """``bench``: time an artifact, paired against another one when it is given."""
+    """``bench``: time an artifact, paired against another one when it is given; certified ones only."""
     from sglp_bench.harness import benchmark_pair, run_arms
     from sglp_bench.workload import Workload
     from sglp_deploy.artifact import ExportArtifact
+    from sglp_deploy.certificate import ParityReport
     from sglp_deploy.cli import session
     from sglp_deploy.cli.show import describe
 
     session.check_output_file(Path(arguments.output) / "result.json")
     workload = Workload.named(arguments.workload, device=arguments.device, threads=arguments.threads)
     candidate = ExportArtifact.load(arguments.artifact)
+    certificates = [ParityReport.load(file) for file in arguments.certificate or ()]
 
     def progress(done: int, total: int, text: str) -> None:
         del text
         console.progress("bench", done, total)
 
+    options: dict[str, Any] = {
+        "out_dir": arguments.output,
+        "progress": progress,
+        "certificates": certificates,
+        "unverified": arguments.unverified,
+    }
     if arguments.against is None:
-        result = run_arms({"artifact": candidate}, workload, control=False, out_dir=arguments.output, progress=progress)
+        result = run_arms({"artifact": candidate}, workload, control=False, **options)
+        _say_unverified(console, {label: arm.artifact for label, arm in result.arms.items()})
         console.result(describe(result.to_json()), result.to_json())
         return 0
     comparison = benchmark_pair(
         ExportArtifact.load(arguments.against),
         candidate,
         workload,
-        out_dir=arguments.output,
         control=not arguments.no_control,
-        progress=progress,
+        **options,
     )
+    _say_unverified(console, {label: arm["artifact"] for label, arm in comparison.arms.items()})
     console.result(describe(comparison.to_json()), comparison.to_json())
     return 0
+
+
+def _say_unverified(console: Console, arms: Mapping[str, Mapping[str, Any]]) -> None:
+    from sglp_bench.certificates import unverified_note
+
+    for label, artifact in arms.items():
+        if note := unverified_note(label, artifact):
+            console.alarm(f"{note}; these are times of something that may not be the model")
 
 
 def run_evaluate(arguments: argparse.Namespace, console: Console) -> int:

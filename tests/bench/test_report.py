@@ -122,6 +122,7 @@ def test_failing_parity_withholds_every_speed() -> None:
     assert "What may be claimed" not in text
     assert "KL of 0.92 nats at position 91 is above the threshold" in text
     assert "these are times of something else" in text
+    assert "✗ Unverified: parity failed" in text
 
 
 def test_a_certificate_of_another_artifact_allows_nothing() -> None:
@@ -136,6 +137,33 @@ def test_a_baseline_that_fails_parity_withholds_the_claim() -> None:
     inputs = run_inputs()
     inputs["parity"]["onnx-baseline"] = parity_json(passed=False, artifact_digest=digest("baseline"))
     assert "parity failed for the baseline" in claims_of(RunReport(**inputs))["decode"]["sentence"]
+
+
+@pytest.mark.parametrize("arm", ["baseline", "pruned"])
+def test_an_arm_that_was_measured_unverified_is_shown_in_red_and_in_words(arm: str) -> None:
+    inputs = run_inputs()
+    certified = RunReport(**inputs).to_json()
+    assert "Unverified" not in Page(render_html(certified)).text
+    inputs["comparisons"]["onnx"]["arms"][arm]["artifact"]["certificate"] = {
+        "state": "missing", "reason": "it has no certificate", "runner": "",
+    }  # fmt: skip
+    report = RunReport(**inputs)
+    reason = f"{arm} was measured although it has no certificate"
+    for claim in claims_of(report).values():
+        assert not claim["allowed"]
+        assert reason in claim["sentence"]
+    for key in ("decode", "prefill"):
+        shown = card(report, key)
+        assert (shown["value"], shown["state"], shown["detail"]) == ("no claim", "bad", f"unverified: {reason}")
+    page = Page(render_html(report.to_json()))
+    assert "✗ Unverified: no certificate" in page.text
+    assert reason in page.text
+    assert ("class", "claim unverified") in page.attributes
+    # Every ratio says it where it stands, in a red badge with a cross.
+    rows = report.to_json()["measurements"][0]["rows"]
+    assert page.text.count("✗ unverified: ") == len(rows)
+    style = resources.files("sglp_bench").joinpath("report.css").read_text(encoding="utf-8")
+    assert ".claim.unverified { border-color: var(--bad);" in style
 
 
 def test_a_verdict_without_true_is_not_a_pass() -> None:

@@ -183,7 +183,8 @@ def test_a_run_folder_can_be_reported_again_and_elsewhere(
 
 def test_plugins_lists_exporters_and_planners(capsys: pytest.CaptureFixture[str]) -> None:
     lines = {line["name"]: line for line in answer(capsys, "plugins")}
-    ours = {"onnx", "openvino", "ort-genai", "tensorrt", "tensorrt-kit", "torch", "vllm"}
+    ours = {"executorch", "gguf", "onnx", "openvino", "optimum", "ort-genai"}
+    ours |= {"tensorrt", "tensorrt-kit", "torch", "vllm"}
     assert {name for name, line in lines.items() if line["kind"] == "exporter"} == ours
     assert {name for name, line in lines.items() if line["kind"] == "planner"} == {"sglp"}
     # What comes with the package is usable; what needs an extra is usable or says what it needs.

@@ -126,7 +126,10 @@ def test_an_exporter_that_counts_is_refused_for_a_pattern_its_formula_does_not_g
         check_layer_types(_Exporter(_alternating), broken, (), (0, 1, 3))
     check_layer_types(_Exporter(_alternating), _config(LOCAL, GLOBAL, LOCAL), (), (0, 1, 2))
     check_layer_types(_Exporter(None), broken, (), (0, 1, 3))  # it reads layer_types
-    check_layer_types(_Exporter(_alternating), _config(LOCAL, LOCAL), (), (0, 2))  # one kind, nothing to mistake
+    # One kind is left, and the runtime would still take every second layer for the other one.
+    with pytest.raises(ExportError, match=r"layer 1 for 'full_attention', where it is 'sliding_att"):
+        check_layer_types(_Exporter(_alternating), _config(LOCAL, LOCAL), (), (0, 2))
+    check_layer_types(_Exporter(_alternating), _config(), (), (0, 2))  # no types, no pattern
 
 
 def test_an_exporter_that_declares_nothing_is_trusted_with_an_unbroken_pattern_only() -> None:
@@ -137,6 +140,10 @@ def test_an_exporter_that_declares_nothing_is_trusted_with_an_unbroken_pattern_o
     check_layer_types(silent, _config(LOCAL, GLOBAL), changes, (2, 3))
     with pytest.raises(ExportError, match=r"'silent' does not declare .* breaks the pattern; plan with --preserve"):
         check_layer_types(silent, _config(LOCAL, LOCAL, GLOBAL), changes, (0, 2, 3))
+    with pytest.raises(ExportError, match=r"'silent' does not declare"):
+        check_layer_types(silent, _config(LOCAL, LOCAL), changes, (0, 2))
+    uniform = ({"entry": "layer_types", "before": [GLOBAL] * 4, "after": [GLOBAL] * 2, "rule": ""},)
+    check_layer_types(silent, _config(GLOBAL, GLOBAL), uniform, (0, 3))
 
 
 def test_ours_declare_what_their_runtimes_do() -> None:

@@ -34,6 +34,7 @@ BOTH = [
     "export onnx",
     "export onnx-baseline",
     "export vllm",
+    "parity torch",
     "parity onnx",
     "parity onnx-baseline",
     "parity vllm",
@@ -86,7 +87,9 @@ def test_a_run_folder_has_the_documented_layout(run: Path) -> None:
         ".lock", "artifacts", "bench", "checkpoint", "parity", "plan.json", "quality.json", "report", "run.json",
     ]  # fmt: skip
     assert sorted(path.name for path in (run / "artifacts").iterdir()) == ["onnx", "onnx-baseline", "vllm"]
-    assert sorted(path.name for path in (run / "parity").iterdir()) == ["onnx-baseline.json", "onnx.json", "vllm.json"]
+    assert sorted(path.name for path in (run / "parity").iterdir()) == [
+        "onnx-baseline.json", "onnx.json", "torch.json", "vllm.json",
+    ]  # fmt: skip
     for name in ("onnx", "onnx-against-torch"):
         assert sorted(path.name for path in (run / "bench" / name).iterdir()) == ["comparison.json", "result.json"]
     assert sorted(path.name for path in (run / "report").iterdir()) == ["report.html", "report.json"]
@@ -188,7 +191,7 @@ def test_another_budget_runs_everything_that_depends_on_the_plan(run: Path, mode
 def test_another_text_runs_parity_quality_and_report_only(run: Path, model: Path, tmp_path: Path) -> None:
     text = tmp_path / "own.txt"
     text.write_text("The cat sat on the mat, and the dog did not mind it at all. " * 20)
-    judged = ["parity onnx", "parity onnx-baseline", "parity vllm", "quality", "report"]
+    judged = ["parity torch", "parity onnx", "parity onnx-baseline", "parity vllm", "quality", "report"]
     assert again(model, run, "--text", str(text)) == judged
     assert again(model, run, "--text", str(text)) == []
     # The content decides, not the name.
@@ -363,6 +366,25 @@ def test_failed_parity_withholds_the_benchmark_and_exits_3(
     assert report["measurements"] == []
     # It stays failed until something changes, and is not forgotten by the next run.
     assert again(model, run, code=3) == []
+
+
+def test_a_checkpoint_that_is_not_certified_is_timed_against_nothing(
+    run: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = json.loads((run / "bench" / "onnx" / "result.json").read_text())
+    assert {arm["artifact"]["certificate"]["state"] for arm in result["arms"].values()} == {"passed"}
+    real = Compressor.verify
+
+    def doubtful(self: Compressor, artifact: ExportArtifact, *arguments: Any, **options: Any) -> Any:
+        report = real(self, artifact, *arguments, **options)
+        return replace(report, reasons=("planted",)) if artifact.path.name == "checkpoint" else report
+
+    monkeypatch.setattr(Compressor, "verify", doubtful)
+    (run / "parity" / "torch.json").unlink()
+    assert again(model, run, code=3) == ["parity torch", "bench", "report"]
+    words = "warning: nothing is compared with PyTorch eager; the checkpoint is not certified\n"
+    assert capsys.readouterr().err == words
+    assert [path.parent.name for path in (run / "bench").glob("*/comparison.json")] == ["onnx"]
 
 
 def test_torch_is_measured_against_its_own_baseline(model: Path, tmp_path: Path) -> None:

@@ -54,7 +54,18 @@ def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "entry_points", entry_points)
 
 
-BUILTIN = ("onnx", "openvino", "ort-genai", "tensorrt", "tensorrt-kit", "torch", "vllm")
+BUILTIN = (
+    "executorch",
+    "gguf",
+    "onnx",
+    "openvino",
+    "optimum",
+    "ort-genai",
+    "tensorrt",
+    "tensorrt-kit",
+    "torch",
+    "vllm",
+)
 
 
 @pytest.mark.parametrize("name", ["onnx", "torch", "vllm"])
@@ -68,10 +79,9 @@ def test_an_unknown_name_gets_the_nearest_match_and_the_list() -> None:
     with pytest.raises(ExporterNotFoundError) as caught:
         registry.exporter("onx")
     assert str(caught.value) == (
-        "there is no exporter 'onx'; did you mean 'onnx'? known: onnx, openvino, ort-genai, tensorrt, "
-        "tensorrt-kit, torch, vllm; 'sglp-deploy plugins' says more"
+        f"there is no exporter 'onx'; did you mean 'onnx'? known: {', '.join(BUILTIN)}; 'sglp-deploy plugins' says more"
     )
-    with pytest.raises(ExporterNotFoundError, match=r"there is no exporter 'zzz'; known: onnx"):
+    with pytest.raises(ExporterNotFoundError, match=r"there is no exporter 'zzz'; known: executorch"):
         registry.exporter("zzz")
 
 

@@ -25,7 +25,8 @@ from sglp_deploy.errors import ArtifactError, BackendError, ConfigError, Storage
 from sglp_deploy.materialize import materialize, save_checkpoint
 from sglp_deploy.protocols import GeneratingRunner
 from sglp_deploy.reference import TorchRunner
-from sglp_exporters.onnx import OnnxExporter, OnnxRuntimeRunner
+from sglp_exporters import _whole_model
+from sglp_exporters.onnx import OnnxExporter, OnnxRuntimeRunner, _Traced
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")  # tied and untied, with bias, with a window
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -99,6 +100,59 @@ def test_a_pruned_model_that_lost_a_whole_kind_of_layer_needs_no_other_trace(
     with OnnxExporter().open(artifact) as runner, TorchRunner(model.module) as reference:
         np.testing.assert_allclose(runner.prefill(ids), reference.prefill(ids), atol=ATOL)
         np.testing.assert_allclose(runner.decode(ids[:, 0]), reference.decode(ids[:, 0]), atol=ATOL)
+
+
+@pytest.mark.parametrize(
+    ("rows", "pieces"),
+    [(1, (1, 1, 1)), (1, (40,)), (5, (2, 1, 30, 4)), (7, (1, 33))],  # traced with 2 rows, 3 tokens on a cache of 5
+)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_no_size_of_the_trace_is_burnt_into_the_graph(
+    exported: Lookup, family: str, rows: int, pieces: tuple[int, ...]
+) -> None:
+    one, total = exported(family), sum(pieces)
+    ids = _ids(rows, total)
+    with TorchRunner(one.models["pruned"].module) as reference:
+        wanted = reference.prefill(ids, all_positions=True)
+    cache: dict[str, np.ndarray] = {}
+    start = 0
+    with OnnxExporter().open(one.artifacts["pruned"], threads=1) as runner:
+        for length in pieces:
+            end = start + length
+            feed = {
+                "input_ids": ids[:, start:end],
+                "attention_mask": np.ones((rows, end), dtype=np.int64),
+                "position_ids": np.arange(start, end)[None].repeat(rows, 0),
+                "logits_to_keep": np.arange(length),
+            }
+            outputs = runner.forward(feed | cache)
+            np.testing.assert_allclose(outputs["logits"], wanted[:, start:end], atol=ATOL, err_msg=f"{start} to {end}")
+            cache = {n.replace("present", "past_key_values"): v for n, v in outputs.items() if n != "logits"}
+            assert {value.shape[0] for value in cache.values()} == {rows}
+            assert {value.shape[2] for value in cache.values()} == {end}
+            start = end
+
+
+@pytest.mark.parametrize("keep", [(4,), (0, 2, 5)])
+def test_a_graph_of_repeated_layers_gives_the_very_bits_of_one_traced_whole(
+    exported: Lookup, keep: tuple[int, ...], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compressed("gemma3", keep)
+    OnnxExporter._template = exported("gemma3").template
+    repeated = OnnxExporter().export(model, out)
+    graph = _whole_model.trace_whole_decoder(model.module)
+    monkeypatch.setattr(
+        OnnxExporter, "_trace", lambda *_: _Traced(graph, "decoder", "", "whole model", "asked for", "")
+    )
+    whole = OnnxExporter().export(model, out.parent / "whole")
+    assert (repeated.details["traced"], whole.details["traced"]) == ("layer template", "whole model")
+    ids, mask = _left_padded()
+    logits = []
+    for artifact in (repeated, whole):
+        with OnnxExporter().open(artifact, threads=1) as runner:
+            prompt = runner.prefill(ids, mask, all_positions=True)
+            logits.append(np.concatenate([prompt, *(runner.decode(ids[:, k])[:, None] for k in range(12))], axis=1))
+    assert np.array_equal(*logits)
 
 
 # ------------------------------------------------------------------------------------------------------- interface
@@ -178,6 +232,20 @@ def test_the_file_is_valid_onnx_that_keeps_nothing_it_does_not_use(exported: Loo
         text = file.read_bytes()
         for trace_of_this_machine in (b".py", b"/site-packages", b"/tmp/", str(Path.home()).encode() + b"/", b"File "):
             assert trace_of_this_machine not in text
+
+
+def test_weights_lie_beside_the_graph_so_that_it_never_nears_two_gigabytes(exported: Lookup) -> None:
+    # A protobuf ends at 2 GB; what stays in it must not grow with the weights.
+    for artifact in exported("llama").artifacts.values():
+        graph = onnx.load(str(artifact.path / "model.onnx"), load_external_data=False).graph
+        inside = [tensor for tensor in graph.initializer if tensor.data_location != onnx.TensorProto.EXTERNAL]
+        assert max(tensor.ByteSize() for tensor in inside) < 1024
+        assert sum(tensor.ByteSize() for tensor in inside) < 8192
+        outside = sum(
+            int(entry.value) for tensor in graph.initializer for entry in tensor.external_data if entry.key == "length"
+        )
+        assert 0 <= artifact.weight_bytes - outside < 8192
+        assert artifact.files["model.onnx.data"].bytes >= outside
 
 
 def test_the_graph_grows_by_one_region_for_each_layer(exported: Lookup) -> None:
@@ -261,7 +329,7 @@ def test_bfloat16_is_refused_before_anything_is_traced(tmp_path: Path, out: Path
 
 
 def test_an_unknown_option_is_refused(exported: Lookup, out: Path) -> None:
-    with pytest.raises(ConfigError, match=r"exporter 'onnx' does not know opset, quantize; it has no options yet"):
+    with pytest.raises(ConfigError, match=r"unknown option of exporter 'onnx' 'quantize'; .*choose one of block_size"):
         OnnxExporter().export(exported("llama").models["pruned"], out, quantize=True, opset=21)
     with pytest.raises(ConfigError, match=r"did you mean 'threads'"):
         OnnxExporter().open(exported("llama").artifacts["pruned"], thread=1)
@@ -307,7 +375,7 @@ def test_a_graph_that_is_not_valid_is_never_delivered(
 ) -> None:
     OnnxExporter._template = exported("llama").template
 
-    def refuse(_file: str) -> None:
+    def refuse(_file: str, full_check: bool) -> None:
         raise onnx.checker.ValidationError("Nodes in a graph must be topologically sorted\nContext: ...")
 
     monkeypatch.setattr(onnx.checker, "check_model", refuse)
@@ -344,6 +412,29 @@ def test_a_device_that_is_not_there_is_refused(exported: Lookup) -> None:
         pytest.skip("this machine has what the error is about")
     with pytest.raises(BackendError, match=r"has no CUDAExecutionProvider, only .*; .*or use --device cpu"):
         OnnxExporter().open(artifact, device="cuda").__enter__()
+
+
+@pytest.mark.parametrize("left", [["CPUExecutionProvider"], ["CPUExecutionProvider", "CUDAExecutionProvider"], []])
+def test_a_runtime_that_falls_back_to_another_device_is_caught_by_name(
+    exported: Lookup, monkeypatch: pytest.MonkeyPatch, left: list[str]
+) -> None:
+    import onnxruntime
+
+    class FellBack:
+        def __init__(self, _file: str, _options: Any, providers: list[Any]) -> None:
+            assert [name for name, _ in providers] == ["CUDAExecutionProvider"]
+
+        def get_providers(self) -> list[str]:
+            return left
+
+    # As onnxruntime-gpu does it without CUDA's libraries: it is listed, and dropped with a warning when it is loaded.
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", *left])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", FellBack)
+    runner = OnnxExporter().open(exported("llama").artifacts["pruned"], device="cuda")
+    with pytest.raises(
+        BackendError, match=r"fell back from CUDAExecutionProvider to \[.*\]; a number taken there would be"
+    ):
+        runner.__enter__()
 
 
 def test_a_runner_is_used_inside_with_and_prefilled_before_it_decodes(exported: Lookup) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx_ir import tensor_adapters
 
-from sglp_exporters._onnx_passes import default_logits_to_last, simplify, store_weights_transposed
+from sglp_exporters._onnx_passes import default_logits_to_last, divide_by_roots, simplify, store_weights_transposed
 
 RNG = np.random.default_rng(0)
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
@@ -155,3 +155,39 @@ def test_equal_values_are_computed_once_constants_folded_and_dead_ends_dropped(t
     assert [value.const_value.numpy().tolist() for value in model.graph.initializers.values()] == [[6.0, 6.0]]
     data = RNG.normal(size=(3, 2)).astype(np.float32)
     np.testing.assert_allclose(_run(model, tmp_path, {"x": data}), (data + 6) ** 2, rtol=1e-6)
+
+
+def test_a_norm_is_written_as_a_division_which_onnx_runtime_runs_as_one_operator(tmp_path: Path) -> None:
+    x = _input("x", ["n", 8])
+    scale = _weight("scale", RNG.normal(size=8).astype(np.float32))
+    two, axis = _weight("two", np.array(2.0, np.float32)), ir.tensor(np.array([-1], np.int64), name="axis")
+    axes = ir.Value(name="axis", const_value=axis, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
+    eps = _weight("eps", np.array(1e-6, np.float32))
+    square = ir.node("Pow", [x, two])
+    mean = ir.node("ReduceMean", [square.outputs[0], axes])
+    added = ir.node("Add", [mean.outputs[0], eps])
+    root = ir.node("Sqrt", [added.outputs[0]])
+    inverse = ir.node("Reciprocal", [root.outputs[0]])
+    normed = ir.node("Mul", [x, inverse.outputs[0]])
+    scaled = ir.node("Mul", [scale, normed.outputs[0]])
+    nodes = [square, mean, added, root, inverse, normed, scaled]
+    model = _model(nodes, [x], scaled.outputs[0], [scale, two, axes, eps], 2)
+    array = RNG.normal(size=(3, 8)).astype(np.float32)
+    before = _run(model, tmp_path, {"x": array})
+    divide_by_roots(model.graph)
+    assert _operators(model) == ["Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul"]
+    np.testing.assert_allclose(_run(model, tmp_path, {"x": array}), before, rtol=1e-6)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), options, providers=["CPUExecutionProvider"])
+    ran = [node.op_type for node in onnx.load(str(tmp_path / "optimised.onnx")).graph.node]
+    assert ran == ["SimplifiedLayerNormalization"]
+
+
+def test_a_reciprocal_of_anything_else_stays() -> None:
+    x = _input("x", ["n", 8])
+    inverse = ir.node("Reciprocal", [x])
+    product = ir.node("Mul", [x, inverse.outputs[0]])
+    model = _model([inverse, product], [x], product.outputs[0], [], 2)
+    divide_by_roots(model.graph)
+    assert _operators(model) == ["Reciprocal", "Mul"]

@@ -27,8 +27,9 @@ from sglp_deploy.materialize import CompressedModel, materialize
 from sglp_deploy.protocols import Exporter, GeneratingRunner
 from sglp_deploy.reference import TorchRunner
 from sglp_exporters import _tensorrt_build, _tensorrt_kit
+from sglp_exporters._precision import in_precision
 from sglp_exporters.onnx import OnnxExporter
-from sglp_exporters.tensorrt import TensorRTExporter, TensorRTKitExporter, in_precision
+from sglp_exporters.tensorrt import TensorRTExporter, TensorRTKitExporter
 from zoo import main_output
 from zoo_vision import SPECIMENS
 
@@ -342,7 +343,7 @@ def test_bfloat16_is_refused_as_the_onnx_exporter_refuses_it() -> None:
     ("options", "words"),
     [
         ({"prcision": "fp16"}, "precision"),
-        ({"precision": "int8"}, "precision='int8' is not offered; engines are made of fp32 or fp16 graphs; pass one"),
+        ({"precision": "int4"}, "precision='int4' is not offered; engines are made of fp32, fp16 or int8 graphs; pass"),
         ({"target": "gtx-1080"}, "there is no target 'gtx-1080' known here; targets are compute capabilities"),
         ({"max_batch": 0}, "max_batch=0 is not a positive whole number"),
         ({"max_prompt": True}, "max_prompt=True is not a positive whole number"),

@@ -79,8 +79,7 @@ def _sampling(steps: int, prompt_logprobs: int | None = None) -> Any:
     return SamplingParams(
         temperature=0.0,
         max_tokens=steps,
-        min_tokens=steps,
-        ignore_eos=True,
+        ignore_eos=True,  # and no min_tokens, which would forbid the end's token instead of going on past it
         logprobs=-1,
         prompt_logprobs=prompt_logprobs,
         flat_logprobs=True,
