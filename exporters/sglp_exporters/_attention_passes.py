@@ -182,8 +182,10 @@ def _unrepeated(value: ir.Value | None) -> ir.Value | None:
     heads, times = source.shape[1], wide[2]
     if not (isinstance(heads, int) and isinstance(times, int)) or wide[1] != heads or after[1] != heads * times:
         return value
-    same_tokens = source.shape[2] == wide[3] == after[2] and source.shape[3] == wide[4] == after[3]
-    return source if same_tokens else value
+    # A varying number of tokens has one symbol here and another there; what is a number must be the same number.
+    tokens = {size for size in (source.shape[2], wide[3], after[2]) if isinstance(size, int)}
+    same = len(tokens) < 2 and source.shape[2] != 1 and source.shape[3] == wide[4] == after[3]
+    return source if same else value
 
 
 def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float | None]:

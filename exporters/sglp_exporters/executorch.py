@@ -91,17 +91,16 @@ class ExecuTorchExporter:
         length = _max_tokens(options, model)
         interpreter = python()  # before the trace, which takes minutes
         with _io.staged_directory(Path(out_dir)) as folder:
+            file = str((folder / MODEL_FILE).resolve())  # a worker runs in a folder of its own
             # Within the artifact's folder, so that it is on a disk with room and goes when the export fails.
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 program = Path(scratch) / "traced.pt2"
                 facts = _trace(model.module, length, program)
                 with Worker(interpreter, WORKER, name="ExecuTorch") as worker:
-                    lowered = worker.ask(
-                        "lower", timeout_s=_LOWER_TIMEOUT_S, program=str(program), out=str(folder / MODEL_FILE)
-                    )
+                    lowered = worker.ask("lower", timeout_s=_LOWER_TIMEOUT_S, program=str(program.resolve()), out=file)
             check_delegation(lowered)
             with Worker(interpreter, WORKER, name="ExecuTorch") as worker:
-                loaded = worker.ask("start", file=str(folder / MODEL_FILE), threads=None)
+                loaded = worker.ask("start", file=file, threads=None)
             model.plan.save(folder / PLAN_FILE)
             versions = lowered.pop("versions")
             write_manifest(

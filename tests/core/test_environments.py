@@ -108,6 +108,14 @@ def test_another_list_is_another_environment(spec: EnvironmentSpec, monkeypatch:
     assert len(environments.remove("toy")) == 2
 
 
+def test_an_environment_whose_name_begins_another_s_is_not_mistaken_for_it(spec: EnvironmentSpec) -> None:
+    other = environments.home() / "toy-larger-0123456789ab"
+    other.mkdir(parents=True)
+    assert environments.state("toy") == "not made"
+    assert environments.remove("toy") == []
+    assert other.is_dir()
+
+
 def test_a_failed_step_says_what_pip_said_and_what_to_do_offline(
     spec: EnvironmentSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

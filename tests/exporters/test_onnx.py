@@ -329,7 +329,9 @@ def test_bfloat16_is_refused_before_anything_is_traced(tmp_path: Path, out: Path
 
 
 def test_an_unknown_option_is_refused(exported: Lookup, out: Path) -> None:
-    with pytest.raises(ConfigError, match=r"unknown option of exporter 'onnx' 'quantize'; .*choose one of block_size"):
+    with pytest.raises(
+        ConfigError, match=r"unknown option of exporter 'onnx' 'quantize'; .*one of attention, block_size"
+    ):
         OnnxExporter().export(exported("llama").models["pruned"], out, quantize=True, opset=21)
     with pytest.raises(ConfigError, match=r"did you mean 'threads'"):
         OnnxExporter().open(exported("llama").artifacts["pruned"], thread=1)
