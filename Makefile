@@ -82,30 +82,27 @@ test: $(VENV)/.installed-dev $(VISION)/.installed
 	$(BIN)/python -m pytest
 	PYTHONPATH=$(VISION) $(BIN)/python -m pytest tests/vision_libraries
 
+# Make an environment, then run the tests that need it: name, variable for its interpreter, file.
+define test_in
+	$(BIN)/sglp-deploy env create $(1)
+	$(2)=$$($(BIN)/sglp-deploy env create $(1) -q --json | tail -1 | $(BIN)/python -c 'import json,sys; print(json.load(sys.stdin)["python"])') \
+	  $(BIN)/python -m pytest -v tests/exporters/$(3)
+endef
+
 test-vllm: $(VENV)/.installed-dev
-	$(BIN)/sglp-deploy env create vllm-cpu
-	SGLP_VLLM_PYTHON=$$($(BIN)/sglp-deploy env create vllm-cpu -q --json | tail -1 | $(BIN)/python -c 'import json,sys; print(json.load(sys.stdin)["python"])') \
-	  $(BIN)/python -m pytest -v tests/exporters/test_vllm_runtime.py
+	$(call test_in,vllm-cpu,SGLP_VLLM_PYTHON,test_vllm_runtime.py)
 
 test-gguf: $(VENV)/.installed-dev
-	$(BIN)/sglp-deploy env create gguf
-	SGLP_PYTHON_GGUF=$$($(BIN)/sglp-deploy env create gguf -q --json | tail -1 | $(BIN)/python -c 'import json,sys; print(json.load(sys.stdin)["python"])') \
-	  $(BIN)/python -m pytest -v tests/exporters/test_gguf_runtime.py
+	$(call test_in,gguf,SGLP_PYTHON_GGUF,test_gguf_runtime.py)
 
 test-optimum: $(VENV)/.installed-dev
-	$(BIN)/sglp-deploy env create optimum
-	SGLP_PYTHON_OPTIMUM=$$($(BIN)/sglp-deploy env create optimum -q --json | tail -1 | $(BIN)/python -c 'import json,sys; print(json.load(sys.stdin)["python"])') \
-	  $(BIN)/python -m pytest -v tests/exporters/test_optimum_runtime.py
+	$(call test_in,optimum,SGLP_PYTHON_OPTIMUM,test_optimum_runtime.py)
 
 test-modelopt: $(VENV)/.installed-dev
-	$(BIN)/sglp-deploy env create modelopt
-	SGLP_PYTHON_MODELOPT=$$($(BIN)/sglp-deploy env create modelopt -q --json | tail -1 | $(BIN)/python -c 'import json,sys; print(json.load(sys.stdin)["python"])') \
-	  $(BIN)/python -m pytest -v tests/exporters/test_tensorrt_int8.py
+	$(call test_in,modelopt,SGLP_PYTHON_MODELOPT,test_tensorrt_int8.py)
 
 test-executorch: $(VENV)/.installed-dev
-	$(BIN)/sglp-deploy env create executorch
-	SGLP_PYTHON_EXECUTORCH=$$($(BIN)/sglp-deploy env create executorch -q --json | tail -1 | $(BIN)/python -c 'import json,sys; print(json.load(sys.stdin)["python"])') \
-	  $(BIN)/python -m pytest -v tests/exporters/test_executorch_runtime.py
+	$(call test_in,executorch,SGLP_PYTHON_EXECUTORCH,test_executorch_runtime.py)
 
 $(OLDEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)

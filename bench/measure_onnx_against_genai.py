@@ -43,7 +43,7 @@ class BatchedGenai(OrtGenaiExporter):
     outside only once; here it goes on with the tokens it picks itself.
     """
 
-    def open(self, artifact: ExportArtifact, **options: Any) -> BatchedRunner:  # type: ignore[override]
+    def open(self, artifact: ExportArtifact, **options: Any) -> BatchedRunner:  # type: ignore[override]  # only what a block asks of it
         """A runner of whole batches; ``device`` is "cpu"."""
         return BatchedRunner(artifact, options.get("threads"))
 

@@ -48,7 +48,7 @@ def _specimen(name: str) -> Compressor:
 
 def _traced(module: nn.Module, folder: Path, length: int = 200) -> nn.Module:
     """The program as the worker would find it: written, and read back."""
-    program, _ = tracing.trace_decoder(module, length)  # type: ignore[arg-type]
+    program, _ = tracing.trace_decoder(module, length)  # type: ignore[arg-type]  # any module with a decoder's forward will do
     torch.export.save(program, folder / "traced.pt2")
     return torch.export.load(folder / "traced.pt2").module()
 

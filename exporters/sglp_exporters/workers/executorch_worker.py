@@ -77,7 +77,7 @@ def _inferred_views() -> Any:
         edge.squeeze_copy.default,
     )
 
-    class InferredViews(ExportPass):  # type: ignore[misc]
+    class InferredViews(ExportPass):  # type: ignore[misc]  # no type information there
         """Only for real numbers; XNNPACK takes no others."""
 
         def call(self, graph_module: Any) -> Any:
