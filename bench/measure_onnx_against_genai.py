@@ -30,7 +30,7 @@ from sglp_exporters.ort_genai import OrtGenaiExporter
 SCHEMA = "onnx-against-genai/1"  # history: 1 = first
 _BASE = Workload.named("demo")
 WORKLOADS = (
-    replace(_BASE, name="batch 1, prompt 128", cycles=4),
+    replace(_BASE, name="batch 1, prompt 128", cycles=8),
     replace(_BASE, name="batch 4, prompt 128", batch_size=4, cycles=2),
     replace(_BASE, name="batch 1, prompt 2,048", prompt_tokens=2_048, decode_tokens=16, prefill_repeats=2, cycles=2),
 )

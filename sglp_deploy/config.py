@@ -14,7 +14,11 @@
     calibration = "calib.txt"      # text, .jsonl, hf:DATASET, or "builtin"
 
     [export]
-    to = ["onnx", "vllm"]
+    to = ["onnx", "vllm", "onnx-int8"]
+
+    [export.options.onnx-int8]     # a second export to the same format, under a name of its own
+    format = "onnx"
+    precision = "int8"
 
     [bench]
     workload = "demo"
@@ -29,9 +33,10 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -73,16 +78,40 @@ _TABLES: dict[str, dict[str, str]] = {
         "skip_positions": "skip_positions",
         "preserve_pattern": "preserve_pattern",
     },
-    "export": {"to": "to"},
+    "export": {"to": "to", "options": "options"},
     "bench": {"workload": "workload"},
     "evaluate": {"text": "text", "tokens": "evaluation_tokens", "chunk": "evaluation_chunk"},
     "run": {"output": "output", "seed": "seed"},
 }
 
 
+# A name becomes a folder's, and these endings mean other folders of a run.
+_NAME = re.compile(r"(?!.*(?:-baseline|-against-torch)$)[A-Za-z0-9][A-Za-z0-9._-]*")
+_FORMAT = "format"  # the option that says which format is behind a name
+
+
+@dataclass(frozen=True)
+class Export:
+    """One artifact of a run.
+
+    Attributes:
+        name: What the run calls it; its folder's name.
+        format: The exporter that makes it.
+        options: For that exporter.
+    """
+
+    name: str
+    format: str
+    options: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run needs; each field is a flag of the command line and a key of ``sglp.toml``."""
+    """Everything a run needs; each field is a flag of the command line and a key of ``sglp.toml``.
+
+    ``to`` names the artifacts; a name is a format's, or one of the user's own, whose ``options`` then say which
+    ``format`` it is.
+    """
 
     model: str = ""
     output: str = "runs/run"
@@ -108,6 +137,7 @@ class RunConfig:
     skip_positions: int = 1
     preserve_pattern: bool = False
     to: tuple[str, ...] = ("onnx",)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     workload: str = "demo"
     text: str | None = None
     evaluation_tokens: int = 16_384
@@ -124,6 +154,7 @@ class RunConfig:
             faults += error.faults
         if not self.to:
             faults.append("no export format is given; nothing would be deployed; pass --to onnx")
+        faults += self._export_faults()
         for name, choices in _choices(self.method).items():
             value = getattr(self, name)
             if value not in choices:
@@ -135,9 +166,39 @@ class RunConfig:
         if faults:
             raise ConfigError(faults)
 
+    def exports(self) -> tuple[Export, ...]:
+        """What ``to`` names, each once, in that order."""
+        return tuple(
+            Export(
+                name,
+                str(self.options.get(name, {}).get(_FORMAT, name)),
+                {key: value for key, value in self.options.get(name, {}).items() if key != _FORMAT},
+            )
+            for name in dict.fromkeys(self.to)
+        )
+
+    def _export_faults(self) -> list[str]:
+        faults = [
+            f"{name!r} cannot name an export; its folder and its benchmark's are called by it; use letters, digits, "
+            "'-', '_' and '.', and do not end it with -baseline or -against-torch"
+            for name in self.to
+            if not _NAME.fullmatch(name)
+        ]
+        for name in self.options:
+            if name not in self.to:
+                faults.append(
+                    f"options are given for {name!r}, which is not exported; nothing would read them; add it to the "
+                    f"formats, which are {', '.join(self.to) or 'none'}"
+                )
+        if self.options.get("torch"):
+            faults.append(
+                "'torch' takes no options; it is the checkpoint, which everything is compared with; leave them out"
+            )
+        return faults
+
     @classmethod
     def load(cls, path: str | Path, **changes: Any) -> RunConfig:
-        """Read ``sglp.toml``; ``changes`` (fields given as flags) win over the file.
+        """Read ``sglp.toml``; ``changes`` (fields given as flags) win over the file, options one by one.
 
         Raises:
             ConfigError: If the file is missing or malformed, or a table, key or type is wrong; all faults are listed.
@@ -150,6 +211,12 @@ class RunConfig:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not TOML; {error}; correct that line") from error
         found, faults = _fields(tables, file)
+        if "options" in changes and "options" in found:
+            both: dict[str, dict[str, Any]] = {}
+            for given in (found["options"], changes["options"]):
+                for name, options in given.items():
+                    both.setdefault(name, {}).update(options)
+            changes["options"] = both
         try:
             config = cls(**{**found, **changes})
         except ConfigError as error:
@@ -178,6 +245,7 @@ _WORDS = {
     "bool": "true or false",
     "int | float": "a number",
     "tuple[str, ...]": "a list of texts",
+    "Mapping[str, Mapping[str, Any]]": "a table [export.options.NAME] of texts, numbers, true or false",
 }
 
 
@@ -226,6 +294,11 @@ def _fields(tables: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], list
 def _fits(value: Any, declared: str) -> bool:
     if isinstance(value, bool):
         return declared == "bool"
+    if isinstance(value, dict):
+        return declared.startswith("Mapping") and all(
+            isinstance(options, dict) and all(isinstance(option, (str, int, float)) for option in options.values())
+            for options in value.values()
+        )
     if isinstance(value, list):
         return declared.startswith("tuple") and all(isinstance(item, str) for item in value)
     return type(value).__name__ in declared.split(" | ")

@@ -18,6 +18,7 @@ from sglp_deploy import environments
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, BackendError, ConfigError
 from sglp_deploy.workers import Worker
+from sglp_exporters._rows_runner import RowsRunner
 
 MODEL_FILE = "model.pte"
 ENVIRONMENT = "executorch"
@@ -100,7 +101,7 @@ class _ProgramRunner:
         return self._worker.ask(request, **values)
 
 
-class ExecuTorchRunner(_ProgramRunner):
+class ExecuTorchRunner(RowsRunner, _ProgramRunner):
     """A decoder whose cache lies in the program: one program for each row, given without its padding.
 
     Args:
@@ -113,40 +114,24 @@ class ExecuTorchRunner(_ProgramRunner):
         super().__init__(artifact, device, threads)
         self._lengths: list[int] = []
 
-    def forward(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Logits of every position of ``input_ids``; sequences that were being continued are gone."""
-        logits = self.prefill(inputs["input_ids"], inputs.get("attention_mask"), all_positions=True)
+    def forget_rows(self) -> None:
+        """See :class:`RowsRunner`."""
+        super().forget_rows()
         self._lengths = []
-        return {"logits": logits}
 
-    def prefill(
-        self,
-        input_ids: NDArray[np.int64],
-        attention_mask: NDArray[np.int64] | None = None,
-        *,
-        all_positions: bool = False,
-    ) -> NDArray[np.float32]:
-        """See :class:`sglp_deploy.protocols.GeneratingRunner`; logits at padding are zeros."""
-        mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows = [ids[real == 1].tolist() for ids, real in zip(input_ids, mask, strict=True)]
+    def start_rows(self, rows: list[list[int]], *, every_position: bool) -> NDArray[np.float32]:
+        """See :class:`RowsRunner`."""
         for row in rows:
             self._check_length(len(row))
-        self._lengths = []
-        found = self._logits("prefill", rows=rows, every_position=all_positions)
+        found = self._logits("prefill", rows=rows, every_position=every_position)
         self._lengths = [len(row) for row in rows]
-        if not all_positions:
-            return found
-        dense = np.zeros((*input_ids.shape, found.shape[-1]), dtype=np.float32)
-        dense[mask == 1] = found
-        return dense
+        return found
 
-    def decode(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See :class:`sglp_deploy.protocols.GeneratingRunner`."""
-        if not self._lengths:
-            raise BackendError("decode was called before prefill; there is no sequence to continue; call prefill first")
+    def continue_rows(self, tokens: list[int]) -> NDArray[np.float32]:
+        """See :class:`RowsRunner`."""
         self._lengths = [length + 1 for length in self._lengths]
         self._check_length(max(self._lengths))
-        return self._logits("decode", tokens=np.asarray(token_ids).reshape(-1).tolist())
+        return self._logits("decode", tokens=tokens)
 
     def _logits(self, request: str, **values: Any) -> NDArray[np.float32]:
         """The answer's logits, which lie in memory shared with the worker when they are few."""

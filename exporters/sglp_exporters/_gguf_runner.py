@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import BackendError, ConfigError
 from sglp_deploy.workers import Worker
+from sglp_exporters._rows_runner import RowsRunner
 
 MODEL_FILE = "model.gguf"
 _WORKER = Path(__file__).with_name("workers") / "llama_cpp_worker.py"
 
 
-class LlamaCppRunner:
+class LlamaCppRunner(RowsRunner):
     """llama.cpp as a generating runner; each row is a sequence of its own and is given without its padding.
 
     A float32 file is run with a float32 cache and plain attention; others as llama.cpp does by itself, with a float16
@@ -48,7 +49,6 @@ class LlamaCppRunner:
         self._threads = threads or len(os.sched_getaffinity(0))
         self._worker = Worker(python, _WORKER, name="llama.cpp", environment={"OMP_NUM_THREADS": str(self._threads)})
         self._facts: dict[str, Any] = {}
-        self._rows = 0
 
     def __enter__(self) -> LlamaCppRunner:
         """Start llama.cpp and load the file.
@@ -74,7 +74,7 @@ class LlamaCppRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End llama.cpp."""
-        self._rows = 0
+        self.forget_rows()
         self._worker.__exit__(kind, error, trace)
 
     @property
@@ -90,36 +90,13 @@ class LlamaCppRunner:
         """Versions, layers, words and context length as llama.cpp sees them; empty before it is entered."""
         return self._facts
 
-    def forward(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Logits of every position of ``input_ids``; a sequence that was being continued is forgotten."""
-        return {"logits": self.prefill(inputs["input_ids"], inputs.get("attention_mask"), all_positions=True)}
+    def start_rows(self, rows: list[list[int]], *, every_position: bool) -> NDArray[np.float32]:
+        """See :class:`RowsRunner`."""
+        found: NDArray[np.float32] = self._worker.ask("prefill", rows=rows, every_position=every_position)["logits"]
+        return found
 
-    def synchronize(self) -> None:
-        """Calls return when results exist."""
-
-    def prefill(
-        self,
-        input_ids: NDArray[np.int64],
-        attention_mask: NDArray[np.int64] | None = None,
-        *,
-        all_positions: bool = False,
-    ) -> NDArray[np.float32]:
-        """See :class:`sglp_deploy.protocols.GeneratingRunner`; logits at padding are zeros."""
-        mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows = [ids[real == 1].tolist() for ids, real in zip(input_ids, mask, strict=True)]
-        self._rows = len(rows)
-        found: NDArray[np.float32] = self._worker.ask("prefill", rows=rows, every_position=all_positions)["logits"]
-        if not all_positions:
-            return found
-        dense = np.zeros((*input_ids.shape, found.shape[-1]), dtype=np.float32)
-        dense[mask == 1] = found
-        return dense
-
-    def decode(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See :class:`sglp_deploy.protocols.GeneratingRunner`."""
-        if not self._rows:
-            raise BackendError("decode was called before prefill; there is no sequence to continue; call prefill first")
-        tokens = np.asarray(token_ids).reshape(-1).tolist()
+    def continue_rows(self, tokens: list[int]) -> NDArray[np.float32]:
+        """See :class:`RowsRunner`."""
         found: NDArray[np.float32] = self._worker.ask("decode", tokens=tokens)["logits"]
         return found
 

@@ -233,25 +233,41 @@ class OnnxRuntimeRunner:
         return self._step(ids, self._mask.sum(axis=-1, keepdims=True) - 1)
 
     def _step(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        binding = self._session.live.io_binding()
+        import onnxruntime
+
         assert self._mask is not None
-        binding.bind_cpu_input("input_ids", ids)
-        binding.bind_cpu_input("attention_mask", self._mask)
-        if "position_ids" in self._inputs:
-            binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
-        for name, value in zip(self._cache_inputs, self._cache, strict=True):
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_output("logits")
-        for name in self._cache_outputs:
-            # The new cache stays where it was computed and is bound as the next step's input.
-            binding.bind_output(name, self._session.device, self._session.device_index)
+        arrays = {"input_ids": ids, "attention_mask": self._mask, "position_ids": np.ascontiguousarray(positions)}
+        feed = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(value)
+            for name, value in arrays.items()
+            if name in self._inputs
+        }
+        feed |= zip(self._cache_inputs, self._cache, strict=True)
         try:
-            self._session.live.run_with_iobinding(binding)
+            logits, *self._cache = self._run_where_it_lies(["logits", *self._cache_outputs], feed)
         except Exception as error:
             raise self._session.failed(error) from error
-        logits, *self._cache = binding.get_outputs()
         values: NDArray[np.float32] = logits.numpy()[:, -1].astype(np.float32, copy=False)
         return values
+
+    def _run_where_it_lies(
+        self, outputs: list[str], feed: Mapping[str, onnxruntime.OrtValue]
+    ) -> Sequence[onnxruntime.OrtValue]:
+        """Run the graph; the new cache stays where it was computed and is the next step's input."""
+        session = self._session
+        if session.device == "cpu":
+            # Binding 30 layers' cache by name costs 0.4 ms more a step than one call, which puts outputs on the host.
+            values: Sequence[onnxruntime.OrtValue] = session.live.run_with_ort_values(outputs, feed)
+            return values
+        binding = session.live.io_binding()
+        for name, value in feed.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output(outputs[0])
+        for name in outputs[1:]:
+            binding.bind_output(name, session.device, session.device_index)
+        session.live.run_with_iobinding(binding)
+        bound: Sequence[onnxruntime.OrtValue] = binding.get_outputs()
+        return bound
 
     def _empty_cache(self, batch: int) -> list[NDArray[Any]]:
         specs = {spec.name: spec for spec in self._artifact.inputs}

@@ -21,12 +21,13 @@ from sglp_deploy import _io, environments
 from sglp_deploy.adapters import precision
 from sglp_deploy.adapters.samples import generates
 from sglp_deploy.artifact import ExportArtifact
-from sglp_deploy.errors import BackendError, MissingDependencyError, UnsupportedModelError
+from sglp_deploy.errors import MissingDependencyError, UnsupportedModelError
 from sglp_deploy.materialize import CompressedModel
 from sglp_deploy.protocols import Runner, check_open_options
 from sglp_deploy.workers import Worker
 from sglp_exporters import _stored_weights
 from sglp_exporters._checkpoint import CheckpointRunner, export_checkpoint, refuse_options
+from sglp_exporters._rows_runner import RowsRunner
 
 if TYPE_CHECKING:
     from sglp_deploy.diagnosis import StoredTensor
@@ -96,7 +97,7 @@ class VllmExporter:
         return VllmRunner(artifact.path, python, threads=wanted.get("threads"))
 
 
-class VllmRunner:
+class VllmRunner(RowsRunner):
     """vLLM as a generating runner, one request for each row; it pads nothing, so padding is left out on the way.
 
     ``decode`` continues a sequence as a server does with its prefix cache: whole blocks are read from the cache and the
@@ -142,7 +143,7 @@ class VllmRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End vLLM."""
-        self._rows = []
+        self.forget_rows()
         self._worker.__exit__(kind, error, trace)
 
     @property
@@ -157,35 +158,19 @@ class VllmRunner:
         """Version, vocabulary, and key-value cache capacity in tokens; empty before it is entered."""
         return self._facts
 
-    def forward(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Logits of every position of ``input_ids``."""
-        return {"logits": self.prefill(inputs["input_ids"], inputs.get("attention_mask"), all_positions=True)}
+    def forget_rows(self) -> None:
+        """See :class:`RowsRunner`."""
+        super().forget_rows()
+        self._rows = []
 
-    def synchronize(self) -> None:
-        """Calls return when results exist."""
+    def start_rows(self, rows: list[list[int]], *, every_position: bool) -> NDArray[np.float32]:
+        """See :class:`RowsRunner`."""
+        self._rows = rows
+        return self._logits(rows, every_position=every_position)
 
-    def prefill(
-        self,
-        input_ids: NDArray[np.int64],
-        attention_mask: NDArray[np.int64] | None = None,
-        *,
-        all_positions: bool = False,
-    ) -> NDArray[np.float32]:
-        """See :class:`sglp_deploy.protocols.GeneratingRunner`; padding positions are zeros."""
-        mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
-        self._rows = [ids[real == 1].tolist() for ids, real in zip(input_ids, mask, strict=True)]
-        found = self._logits(self._rows, every_position=all_positions)
-        if not all_positions:
-            return found
-        dense = np.zeros((*input_ids.shape, found.shape[-1]), dtype=np.float32)
-        dense[mask == 1] = found
-        return dense
-
-    def decode(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See :class:`sglp_deploy.protocols.GeneratingRunner`."""
-        if not self._rows:
-            raise BackendError("decode was called before prefill; there is no sequence to continue; call prefill first")
-        self._rows = [[*row, int(token)] for row, token in zip(self._rows, token_ids.reshape(-1), strict=True)]
+    def continue_rows(self, tokens: list[int]) -> NDArray[np.float32]:
+        """See :class:`RowsRunner`."""
+        self._rows = [[*row, token] for row, token in zip(self._rows, tokens, strict=True)]
         return self._logits(self._rows, every_position=False)
 
     def greedy(self, steps: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

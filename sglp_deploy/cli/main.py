@@ -202,6 +202,14 @@ def build_parser() -> argparse.ArgumentParser:
     _loading(run)
     _planning(run)
     run.add_argument("--to", metavar="FORMATS", help="formats, comma-separated (default: onnx)")
+    run.add_argument(
+        "--option",
+        action="append",
+        type=_named_option,
+        dest="options",
+        metavar="FORMAT.KEY=VALUE",
+        help="an option of one of them; may be repeated",
+    )
     run.add_argument("--workload", help="name of a workload (default: demo)")
     run.add_argument("--text", help="text to judge quality on (default: held-out built-in prose)")
     run.add_argument("--evaluation-tokens", type=int, help="token budget for quality (default: 16384)")
@@ -279,6 +287,14 @@ def _option(text: str) -> tuple[str, int | bool | str]:
     if value.lower() in ("true", "false"):
         return key, value.lower() == "true"
     return key, int(value) if value.isdecimal() else value
+
+
+def _named_option(text: str) -> tuple[str, str, int | bool | str]:
+    key, value = _option(text)
+    name, _, key = key.rpartition(".")
+    if not name or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} does not say whose option it is; write FORMAT.KEY=VALUE")
+    return name, key, value
 
 
 def _layers(text: str) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ from sglp_deploy.artifact import ExportArtifact, producer_versions
 from sglp_deploy.certificate import ParityReport
 from sglp_deploy.cli import ledger, session
 from sglp_deploy.cli.console import Console, table
-from sglp_deploy.config import RunConfig
+from sglp_deploy.config import Export, RunConfig
 from sglp_deploy.errors import (
     ArtifactError,
     ConfigError,
@@ -142,14 +142,15 @@ class Pipeline:
     def _make_artifacts(self, plan: PruningPlan, planned: str, model: str) -> dict[str, str]:
         """The checkpoint and every format asked for, with its baseline where it will be measured; name to product."""
         # The torch exporter writes the checkpoint and adds a manifest, so it is an artifact like the others.
-        made = {"torch": self._export_stage("checkpoint", "torch", plan, [planned, model])}
-        for name in self._formats():
+        made = {"torch": self._export_stage("checkpoint", Export("torch", "torch", {}), plan, [planned, model])}
+        for export in self._exports():
+            name = export.name
             try:
                 if name != "torch":
-                    made[name] = self._export_stage(f"export {name}", name, plan, [planned, model])
-                if name in _MEASURED:
+                    made[name] = self._export_stage(f"export {name}", export, plan, [planned, model])
+                if export.format in _MEASURED:
                     # The baseline keeps every layer, so no plan has a say in it.
-                    made[f"{name}-baseline"] = self._export_stage(f"export {name}-baseline", name, None, [model])
+                    made[f"{name}-baseline"] = self._export_stage(f"export {name}-baseline", export, None, [model])
             except _FAILS_ALONE as error:
                 self._failed(f"export {name}", error)
         return made
@@ -159,22 +160,27 @@ class Pipeline:
         self._failures[what] = str(error)
         self._console.warn(f"{what} failed; {error}")
 
-    def _export_stage(self, stage: str, exporter: str, plan: PruningPlan | None, upstream: Sequence[str]) -> str:
+    def _export_stage(self, stage: str, export: Export, plan: PruningPlan | None, upstream: Sequence[str]) -> str:
         output = stage if stage == "checkpoint" else f"artifacts/{stage.removeprefix('export ')}"
-        settings = self._settings(_WEIGHTS) | {"exporter": ledger.provider(registry.GROUP, exporter)}
+        settings = self._settings(_WEIGHTS) | {
+            "exporter": ledger.provider(registry.GROUP, export.format),
+            "format": export.format,
+            "options": dict(export.options),
+        }
         if plan is None:
             settings |= self._settings(("seed",))  # recorded in the keep-all plan
 
-        def export() -> None:
+        def write() -> None:
             compressor = self._loaded()
-            compressor.export(plan or compressor.keep_all(), exporter, self._root / output)
+            kept = plan or compressor.keep_all()
+            compressor.export(kept, export.format, self._root / output, **export.options)
 
-        return self._stage(stage, settings, upstream, [output], export)
+        return self._stage(stage, settings, upstream, [output], write)
 
     def _verify_artifacts(self, made: Mapping[str, str], model: str) -> list[str]:
         products = []
         made_for = self._config.to
-        measured = any(name in _MEASURED and f"{name}-baseline" in made for name in made_for)
+        measured = any(f"{name}-baseline" in made for name in made_for)
         for name, product in made.items():
             if name == "torch" and "torch" not in made_for and not measured:
                 continue  # nothing will be timed against it, and it was loaded back bit for bit when it was written
@@ -198,8 +204,9 @@ class Pipeline:
 
     def _bench_stage(self, plan: PruningPlan, made: Mapping[str, str]) -> str:
         measured = []
-        for name in self._formats():
-            if name not in _MEASURED or not all(self._certified(arm) for arm in (name, f"{name}-baseline")):
+        for export in self._exports():
+            name = export.name
+            if export.format not in _MEASURED or not all(self._certified(arm) for arm in (name, f"{name}-baseline")):
                 continue
             if failed := [arm for arm in (name, f"{name}-baseline") if not self._parity(arm).passed]:
                 self._console.warn(f"{name} is not measured; parity of {failed[0]} failed; see parity/{failed[0]}.json")
@@ -227,9 +234,9 @@ class Pipeline:
             del text
             self._console.progress("bench", done, total)
 
-        for name in self._formats():
-            if name not in _MEASURED:
-                self._console.note(f"{name}: not measured; its runner here is not the runtime it is made for")
+        for export in self._exports():
+            if export.format not in _MEASURED:
+                self._console.note(f"{export.name}: not measured; its runner here is not the runtime it is made for")
         work = self._root / "bench" / "all"
         # "torch" is PyTorch eager on the same pruned model: what a user has before any export.
         artifacts = {name: self._artifact(name) for name in arms}
@@ -304,12 +311,13 @@ class Pipeline:
         if self._formats_checked:
             return
         missing = []
-        for name in self._config.to:
+        exports = self._exports()
+        for export in exports:
             try:
-                registry.exporter(name)
+                registry.exporter(export.format)
             except MissingDependencyError as error:
                 missing.append(error)
-        if missing and len(missing) == len(self._config.to):
+        if missing and len(missing) == len(exports):
             raise missing[0]
         self._formats_checked = True
 
@@ -347,16 +355,16 @@ class Pipeline:
             for name, value in settings.items()
         }
 
-    def _formats(self) -> list[str]:
+    def _exports(self) -> list[Export]:
         # PyTorch last: the first measured format is the one whose baseline is repeated as the A/A control.
-        return sorted(dict.fromkeys(self._config.to), key=lambda name: name == "torch")
+        return sorted(self._config.exports(), key=lambda export: export.name == "torch")
 
     def _loaded(self) -> Compressor:
         if self._compressor is None:
             self._compressor = session.compressor(self._config, self._console)
-            for name in self._formats():
+            for export in self._exports():
                 try:
-                    check = getattr(registry.exporter(name), "check_precision", None)
+                    check = getattr(registry.exporter(export.format), "check_precision", None)
                 except MissingDependencyError:
                     continue  # it fails alone, later, and the report says why
                 # Asked of the weights that were loaded, before minutes go into a plan for a format that refuses them.

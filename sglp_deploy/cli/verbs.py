@@ -282,6 +282,11 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
     given: dict[str, Any] = {key: value for key, value in vars(arguments).items() if key in known and value is not None}
     if isinstance(given.get("to"), str):
         given["to"] = tuple(part.strip() for part in given["to"].split(",") if part.strip())
+    if "options" in given:
+        options: dict[str, dict[str, Any]] = {}
+        for name, key, value in given["options"]:
+            options.setdefault(name, {})[key] = value
+        given["options"] = options
     if str(arguments.model).endswith(".toml"):
         del given["model"]
         # A budget flag replaces the file's budget, whatever kind that is.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from sglp_deploy import config as config_module
 from sglp_deploy.cli import main as main_module
 from sglp_deploy.cli import verbs
 from sglp_deploy.cli.main import main
-from sglp_deploy.config import RunConfig
+from sglp_deploy.config import Export, RunConfig
 from sglp_deploy.errors import ConfigError
 
 WHOLE = """
@@ -110,7 +111,8 @@ def test_every_field_is_a_key_of_the_file_and_a_flag_of_run() -> None:
 def test_the_example_in_the_documentation_of_the_module_is_accepted(tmp_path: Path) -> None:
     text = (config_module.__doc__ or "").partition("::\n")[2]
     found = RunConfig.load(toml(tmp_path, "\n".join(line.strip() for line in text.splitlines())))
-    assert (found.model, found.drop, found.to) == ("models/smollm2", 6, ("onnx", "vllm"))
+    assert (found.model, found.drop, found.to) == ("models/smollm2", 6, ("onnx", "vllm", "onnx-int8"))
+    assert found.exports()[2] == Export("onnx-int8", "onnx", {"precision": "int8"})
 
 
 def test_the_example_in_the_manual_is_accepted(tmp_path: Path) -> None:
@@ -121,6 +123,9 @@ def test_the_example_in_the_manual_is_accepted(tmp_path: Path) -> None:
         assert f"[{table}]" in manual
         for key in keys:
             assert f"{key} = " in manual, f"docs/cli.md does not name {key}"
+    second = manual.split("```toml\n")[2].partition("```")[0]
+    found = RunConfig.load(toml(tmp_path, f"model.path = 'm'\nplan.drop = 1\n{second}"))
+    assert found.exports() == (Export("onnx", "onnx", {}), Export("onnx-int8", "onnx", {"precision": "int8"}))
 
 
 @pytest.mark.parametrize(("budget", "field", "value"), [("drop = 0.2", "drop", 0.2), ("keep = 24", "keep", 24)])
@@ -241,6 +246,65 @@ def test_a_budget_flag_replaces_the_file_s_budget_whatever_its_kind(
 def test_a_flag_can_mend_what_is_wrong_in_the_file(tmp_path: Path) -> None:
     file = str(toml(tmp_path, "model.path = 'm'\nplan.drop = 1\nplan.criterion = 'nonsense'"))
     assert given(file, "--criterion", "taylor").criterion == "taylor"
+
+
+TWO_EXPORTS = """
+model.path = 'm'
+plan.drop = 1
+[export]
+to = ["onnx", "small", "tensorrt"]
+[export.options.small]
+format = "onnx"
+precision = "int8"
+block_size = 64
+[export.options.tensorrt]
+target = "sm_86"
+"""
+
+
+def test_each_export_has_its_own_options_and_a_flag_wins_over_the_file_s(tmp_path: Path) -> None:
+    file = str(toml(tmp_path, TWO_EXPORTS))
+    assert RunConfig.load(file).exports() == (
+        Export("onnx", "onnx", {}),
+        Export("small", "onnx", {"precision": "int8", "block_size": 64}),
+        Export("tensorrt", "tensorrt", {"target": "sm_86"}),
+    )
+    flags = ["--option", "small.block_size=32", "--option", "small.symmetric=false", "--option", "onnx.opset=21"]
+    assert given(file, *flags).exports() == (
+        Export("onnx", "onnx", {"opset": 21}),
+        Export("small", "onnx", {"precision": "int8", "block_size": 32, "symmetric": False}),
+        Export("tensorrt", "tensorrt", {"target": "sm_86"}),
+    )
+    assert given("m", "--drop", "1", "--option", "onnx.precision=fp16").options == {"onnx": {"precision": "fp16"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"to": ("onnx",), "options": {"onxx": {"opset": 21}}}, "'onxx', which is not exported"),
+        ({"to": ("onnx", "a/b")}, "'a/b' cannot name an export"),
+        ({"to": ("onnx-baseline",)}, "'onnx-baseline' cannot name an export"),
+        ({"to": ("torch",), "options": {"torch": {"format": "onnx"}}}, "'torch' takes no options"),
+    ],
+)
+def test_exports_that_cannot_be_named_or_told_apart_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        RunConfig(model="m", drop=1, **settings)
+
+
+@pytest.mark.parametrize("wrong", ["options = 3", "options.onnx = 'int8'", "options.onnx.precision = [8]"])
+def test_options_of_the_wrong_kind_are_refused(wrong: str, tmp_path: Path) -> None:
+    (fault,) = faults(tmp_path, f"model.path = 'm'\nplan.drop = 1\n[export]\n{wrong}")
+    assert "[export] options" in fault
+    assert "a table [export.options.NAME]" in fault
+
+
+@pytest.mark.parametrize("wrong", ["precision=int8", ".precision=int8", "onnx.=int8", "onnx.precision"])
+def test_an_option_that_names_no_format_is_a_wrong_command_line(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        given("m", "--drop", "1", "--option", wrong)
+    assert ended.value.code == 2
+    assert "KEY=VALUE" in capsys.readouterr().err
 
 
 def test_without_a_file_the_defaults_hold() -> None:
