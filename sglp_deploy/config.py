@@ -200,6 +200,8 @@ class RunConfig:
     def load(cls, path: str | Path, **changes: Any) -> RunConfig:
         """Read ``sglp.toml``; ``changes`` (fields given as flags) win over the file, options one by one.
 
+        The file's options for formats that ``changes`` leaves out are not read.
+
         Raises:
             ConfigError: If the file is missing or malformed, or a table, key or type is wrong; all faults are listed.
         """
@@ -211,12 +213,11 @@ class RunConfig:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not TOML; {error}; correct that line") from error
         found, faults = _fields(tables, file)
-        if "options" in changes and "options" in found:
-            both: dict[str, dict[str, Any]] = {}
-            for given in (found["options"], changes["options"]):
-                for name, options in given.items():
-                    both.setdefault(name, {}).update(options)
-            changes["options"] = both
+        of_file = found.pop("options", {})
+        options = {name: dict(given) for name, given in of_file.items() if name in changes.get("to", of_file)}
+        for name, given in changes.pop("options", {}).items():
+            options.setdefault(name, {}).update(given)
+        found["options"] = options
         try:
             config = cls(**{**found, **changes})
         except ConfigError as error:

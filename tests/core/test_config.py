@@ -275,6 +275,7 @@ def test_each_export_has_its_own_options_and_a_flag_wins_over_the_file_s(tmp_pat
         Export("small", "onnx", {"precision": "int8", "block_size": 32, "symmetric": False}),
         Export("tensorrt", "tensorrt", {"target": "sm_86"}),
     )
+    assert given(file, "--to", "tensorrt").exports() == (Export("tensorrt", "tensorrt", {"target": "sm_86"}),)
     assert given("m", "--drop", "1", "--option", "onnx.precision=fp16").options == {"onnx": {"precision": "fp16"}}
 
 
