@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 DECODE_STEPS = 32
+BEYOND_WINDOW = 64  # tokens that the longest prompt has more than a sliding window
 PROMPT_TOKENS = (1, 17, 128)
 BATCH_PROMPT_TOKENS = (9, 17, 40)  # three rows of different length, padded on the left
 
@@ -72,7 +73,8 @@ def prompt_cases(tokens: NDArray[np.int64], *, window: int | None = None) -> tup
         raise CalibrationError("the prompt text holds no token; parity is judged on natural text; give a longer text")
     prompts = [(length, f"prompt {length}") for length in PROMPT_TOKENS]
     if window:
-        prompts.append((window + 64, f"prompt {window + 64} (beyond window {window})"))
+        beyond = window + BEYOND_WINDOW
+        prompts.append((beyond, f"prompt {beyond} (beyond window {window})"))
     needed = sum(length for length, _ in prompts) + sum(BATCH_PROMPT_TOKENS)
     stream = np.resize(np.asarray(tokens, dtype=np.int64), needed)
     cases, start = [], 0

@@ -28,6 +28,8 @@ class Runner(Protocol):
 
     A runner may also have ``description`` (what ran, for certificates) and ``stands_in_for``: the format's name, when
     it executes the artifact in place of the runtime the format is made for; then it is verified, never benchmarked.
+    ``not_timed`` says why a runner of the right runtime is not benchmarked either, and ``allocates_through_torch`` is
+    true where torch's count of device memory is the whole of it.
     """
 
     def __enter__(self) -> Runner:

@@ -41,13 +41,19 @@ def main_output(output: Any) -> tuple[str, torch.Tensor]:
 class TorchRunner:
     """Runs any model forward in eager PyTorch, and a causal language model with transformers' own key-value cache.
 
+    float32 means all 23 bits of the mantissa while it is entered: PyTorch's default for convolutions on a GPU is TF32,
+    which keeps 10, and what it is compared with keeps them all.
+
     Args:
         model: The model, on its device; it is not copied.  None in a subclass that loads it on entry.
         threads: Threads within one operator, or None to leave PyTorch's setting.
     """
 
+    allocates_through_torch = True
+
     def __init__(self, model: nn.Module | None, *, threads: int | None = None) -> None:
         self._model = model
+        self._tf32_before = False
         self._threads = threads
         self._threads_before: int | None = None
         self._cache: Cache | None = None
@@ -58,6 +64,9 @@ class TorchRunner:
         if self._threads is not None:
             self._threads_before = torch.get_num_threads()
             torch.set_num_threads(self._threads)
+        self._tf32_before = _convolves_in_tf32()
+        if self._tf32_before:
+            torch.backends.cudnn.allow_tf32 = False
         self._cache = self._mask = None
         return self
 
@@ -69,6 +78,9 @@ class TorchRunner:
         if self._threads_before is not None:
             torch.set_num_threads(self._threads_before)
             self._threads_before = None
+        if self._tf32_before:
+            torch.backends.cudnn.allow_tf32 = True
+            self._tf32_before = False
 
     def forward(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run without a cache on named inputs, real numbers cast to the weights' type; see :func:`main_output`."""
@@ -132,6 +144,14 @@ class TorchRunner:
         if self._model is None:
             raise BackendError("the runner is not active; its model is loaded by 'with'; use it as a context manager")
         return self._model
+
+
+def _convolves_in_tf32() -> bool:
+    """Whether float32 convolutions on a GPU keep 10 bits of the mantissa."""
+    try:
+        return bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # PyTorch says so where somebody set its newer switches, one for each operator; theirs stay
+        return False
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # A window this long costs minutes to go beyond on a CPU; longer ones are left to the user's own prompts.
-_LONGEST_WINDOW_CHECKED = 4096
+LONGEST_WINDOW_CHECKED = 4096
 
 
 def verify_artifact(
@@ -75,7 +75,7 @@ def verify_artifact(
     config = getattr(original, "config", None)
     takes_tokens = main_input(original) == "input_ids"
     window = attention_window(config, pruned.plan.keep) if takes_tokens and config is not None else None
-    if window is not None and window > _LONGEST_WINDOW_CHECKED:
+    if window is not None and window > LONGEST_WINDOW_CHECKED:
         described += f"; not compared beyond its sliding window of {window} tokens"
         window = None
     facts: dict[str, Any] = {"reference_name": described, "progress": progress}

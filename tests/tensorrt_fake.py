@@ -26,6 +26,8 @@ NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
 ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
 BuilderFlag = SimpleNamespace(TF32="tf32")
 HardwareCompatibilityLevel = SimpleNamespace(AMPERE_PLUS="ampere+")
+ExecutionContextAllocationStrategy = SimpleNamespace(STATIC="static", ON_PROFILE_CHANGE="on profile change")
+DynamicShapesKernelSpecializationStrategy = SimpleNamespace(LAZY="lazy", EAGER="eager", NONE="none")
 LayerInformationFormat = SimpleNamespace(JSON="json")
 configs: list[Any] = []  # every builder configuration that was made
 
@@ -191,16 +193,34 @@ class Engine:
         self.profiles = _built[str(file)]
         self.session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
-    def create_execution_context(self) -> Context:
-        return Context(self)
+    def create_execution_context(self, how: Any = ExecutionContextAllocationStrategy.STATIC) -> Context:
+        return Context(self, how)
+
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
 
     def create_engine_inspector(self) -> Any:
         return SimpleNamespace(get_engine_information=lambda form: '{"Layers": []}')
 
 
+class RuntimeConfig:
+    """Of TensorRT for RTX, which takes it in place of the strategy alone."""
+
+    allocation = ExecutionContextAllocationStrategy.STATIC
+    dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.allocation = strategy
+
+
+contexts: list[Context] = []  # every context that was made
+
+
 class Context:
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, how: Any) -> None:
         self._engine = engine
+        self.how = how
+        contexts.append(self)
         self._profile: Profile | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
@@ -238,6 +258,8 @@ class Context:
             tensor.name: _view(self._addresses[tensor.name], tensor.dtype, self._shapes[tensor.name]).copy()
             for tensor in self._engine.network.inputs
         }
+        # It leaves negative positions undefined where the axis varies; ONNX Runtime would count from the end.
+        assert "logits_to_keep" not in feed or (feed["logits_to_keep"] >= 0).all()
         names = [tensor.name for tensor in self._engine.network.outputs]
         results: Mapping[str, np.ndarray] = dict(zip(names, self._engine.session.run(names, feed), strict=True))
         for tensor in self._engine.network.outputs:

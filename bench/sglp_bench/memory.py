@@ -67,20 +67,20 @@ def peak_host(proc: Path = _PROC) -> MemoryReading:
     return MemoryReading("VmHWM", own + sum(children), note)
 
 
-def device_readings(device: str) -> dict[str, MemoryReading]:
+def device_readings(device: str, *, through_torch: bool) -> dict[str, MemoryReading]:
     """Device memory by rung: torch's live tensors, torch's reserve, and what NVML says of this process.
-
-    torch is asked only when the runner has loaded it; the harness never loads it.
 
     Args:
         device: The workload's device; nothing is read for "cpu".
+        through_torch: Whether torch allocates all that the runner needs.  One that only keeps its inputs and outputs
+            in tensors (TensorRT) would look far smaller than it is.
     """
     if device.split(":")[0] != "cuda":
         return {}
     index = int(device.partition(":")[2] or 0)
     readings = {}
     torch = sys.modules.get("torch")
-    live = torch is not None and torch.cuda.is_initialized()
+    live = through_torch and torch is not None and torch.cuda.is_initialized()
     for rung, function in (
         ("device_allocated_peak", "max_memory_allocated"),
         ("device_reserved_peak", "max_memory_reserved"),
@@ -89,7 +89,7 @@ def device_readings(device: str) -> dict[str, MemoryReading]:
         readings[rung] = (
             MemoryReading(probe, int(getattr(sys.modules["torch"].cuda, function)(index)))
             if live
-            else MemoryReading(probe, None, "this runtime does not allocate through torch")
+            else MemoryReading(probe, None, "this runtime does not allocate all of its memory through torch")
         )
     readings["device_process_used"] = _nvml_process_used(index)
     return readings

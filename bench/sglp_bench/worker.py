@@ -62,7 +62,10 @@ def run_block(spec: Mapping[str, Any]) -> dict[str, Any]:
     idle = idle_host()
     start = block_conditions(workload.device)
     loading = time.perf_counter()
-    with exporter.open(artifact, device=workload.device, threads=workload.threads) as runner:
+    opened = exporter.open(artifact, device=workload.device, threads=workload.threads)
+    if not_timed := getattr(opened, "not_timed", ""):
+        raise BenchmarkError(f"the runner of format {artifact.format!r} is not timed; {not_timed}")
+    with opened as runner:
         stands_in_for = getattr(runner, "stands_in_for", None)
         if stands_in_for:
             raise BenchmarkError(
@@ -80,7 +83,9 @@ def run_block(spec: Mapping[str, Any]) -> dict[str, Any]:
         if spec["mode"] == "memory":
             for _ in range(_MEMORY_ITERATIONS):
                 run_untimed(runner, tokens)
-            readings = {"host_idle": idle, "host_peak": peak_host(), **device_readings(workload.device)}
+            through_torch = bool(getattr(runner, "allocates_through_torch", False))
+            device_memory = device_readings(workload.device, through_torch=through_torch)
+            readings = {"host_idle": idle, "host_peak": peak_host(), **device_memory}
             answer = {"memory": {rung: reading.to_json() for rung, reading in readings.items()}}
         else:
             answer = {"load_s": load_s, "samples": time_block(runner, tokens, workload).to_json()}

@@ -60,6 +60,10 @@ class _Session:
                 f"this ONNX Runtime has no {wanted}, only {', '.join(onnxruntime.get_available_providers())}; it was "
                 "built for other devices; install onnxruntime-gpu in its place, or use --device cpu"
             )
+        if self.device == "cuda":
+            # It finds pip's CUDA libraries by itself only where torch was imported first, which a benchmark's worker
+            # does not do.
+            onnxruntime.preload_dlls(directory="")
         try:
             session = onnxruntime.InferenceSession(str(self.file), options, providers=[provider])
         except Exception as error:

@@ -205,8 +205,8 @@ def build(
         folder: A build kit.
         out: Folder for the engine; made when missing.
         targets: From :func:`target_names`; the kit's own when omitted.
-        timing_cache: File to read measured timings from and to write them back to; TensorRT for RTX without a GPU
-            measures nothing and takes none.
+        timing_cache: File to read measured timings from and to write them back to; TensorRT for RTX measures
+            nothing when it builds and takes none.
 
     Returns:
         What the report file holds.
@@ -238,7 +238,7 @@ def build(
     _set_targets(trt, config, targets, package)
     for profile in kit["profiles"]:
         _add_profile(builder, config, profile)
-    cache = _timing_cache(config, timing_cache, package, device)
+    cache = _timing_cache(config, timing_cache, package)
     begin = time.perf_counter()
     engine = builder.build_serialized_network(network, config)
     seconds = time.perf_counter() - begin
@@ -252,6 +252,7 @@ def build(
         precision=kit["precision"],
         n_layers=kinds["layers"],
         n_profiles=len(kit["profiles"]),
+        package=package,
     )
     if audit["verdict"] == "refused":
         raise Refused(f"{audit['words']}; such an engine is mislabelled; report this with the build kit")
@@ -274,7 +275,7 @@ def build(
             "version": str(trt.__version__),
             "device": device,
             "strongly_typed": True,
-            "timing_cache": "used" if cache is not None else _no_cache_words(timing_cache, package, device),
+            "timing_cache": "used" if cache is not None else _no_cache_words(timing_cache, package),
             "layer_information": LAYERS_FILE if layers is not None else "needs a GPU that can load the engine",
         },
         "build_s": round(seconds, 3),
@@ -288,12 +289,14 @@ def build(
 
 
 def audit_weights(
-    *, engine_bytes: int, weight_bytes: int, precision: str, n_layers: int, n_profiles: int
+    *, engine_bytes: int, weight_bytes: int, precision: str, n_layers: int, n_profiles: int, package: str
 ) -> dict[str, Any]:
     """Judge by its size whether an engine holds its weights in the element type that was asked for.
 
     TensorRT 11 took its float16 switch away, and tools that still ask by it get float32 engines without a word.  The
-    size tells: an engine is its weights plus code, and the code grows with the network's layers.
+    size tells: an engine is its weights plus code, and the code grows with the network's layers.  That holds for
+    TensorRT for RTX, where it was measured.  Classic TensorRT also stores what its chosen kernels want at hand, weights
+    in a second layout among it, so there a great size tells nothing.
 
     Returns:
         ``ratio`` (engine over weights), ``code_bytes`` (allowed for), ``verdict`` ("holds", "refused", or "cannot
@@ -308,6 +311,8 @@ def audit_weights(
         verdict, words = "cannot tell", f"{said}, too few beside its code to tell by"
     elif engine_bytes < _LEAST_WEIGHTS * weight_bytes:
         verdict, words = "refused", f"{said}; weights are missing"
+    elif engine_bytes > _MOST_WEIGHTS * weight_bytes + code and package == CLASSIC:
+        verdict, words = "cannot tell", f"{said}; a wider type, or what its kernels keep beside them"
     elif engine_bytes > _MOST_WEIGHTS * weight_bytes + code:
         verdict, words = "refused", f"{said}; it holds them in a wider type"
     else:
@@ -447,9 +452,9 @@ def _add_profile(builder: Any, config: Any, profile: Mapping[str, Any]) -> None:
         raise Refused(f"TensorRT refuses the profile {profile['name']!r}; its sizes do not fit the inputs; change them")
 
 
-def _timing_cache(config: Any, file: Path | None, package: str, device: str | None) -> Any:
-    """The cache in use; on TensorRT for RTX asking for one would ask for a GPU."""
-    if file is None or (package == RTX and device is None):
+def _timing_cache(config: Any, file: Path | None, package: str) -> Any:
+    """The cache in use; TensorRT for RTX, which measures nothing when it builds, ignores one."""
+    if file is None or package == RTX:
         return None
     cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
     if cache is None or not config.set_timing_cache(cache, False):
@@ -457,9 +462,9 @@ def _timing_cache(config: Any, file: Path | None, package: str, device: str | No
     return cache
 
 
-def _no_cache_words(file: Path | None, package: str, device: str | None) -> str:
-    if file is not None and package == RTX and device is None:
-        return "not used: TensorRT for RTX measures nothing without a GPU"
+def _no_cache_words(file: Path | None, package: str) -> str:
+    if file is not None and package == RTX:
+        return "not used: TensorRT for RTX measures nothing when it builds"
     return "not asked for"
 
 

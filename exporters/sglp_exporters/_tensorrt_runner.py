@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from sglp_deploy import _io
 from sglp_deploy.errors import BackendError
-from sglp_exporters._tensorrt_build import KIT_FILE
+from sglp_exporters._tensorrt_build import KIT_FILE, RTX
 from sglp_exporters._tensorrt_kit import DECODE, FORWARD, PREFILL
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class _Engine:
                     "for another device; build it again here with build.py"
                 )
             for index, name in enumerate(self._profiles):
-                context = engine.create_execution_context()
+                context = self._context(trt, engine, name)
                 if context is None or not context.set_optimization_profile_async(index, self._stream_handle()):
                     raise BackendError(
                         f"TensorRT gives no context for profile {name!r} of {self._file}; the device's memory may be "
@@ -105,6 +105,19 @@ class _Engine:
         # TensorRT's objects do not hold each other; all of them live until unload.
         self._loaded = (log, runtime, engine)
         self.description = f"{self._package} {trt.__version__} on {self._device_words()}"
+
+    def _context(self, trt: Any, engine: Any, profile: str) -> Any:
+        """A context whose scratch memory is that of its own profile, not of the largest one."""
+        own = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        if self._package != RTX:
+            return engine.create_execution_context(own)
+        # TensorRT for RTX compiles kernels for each new shape in the background and swaps them in.  In decoding every
+        # step has a new shape: times would be a mixture, so there the kernels that take any shape stay.
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(own)
+        kernels = trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = kernels.NONE if profile == DECODE else kernels.EAGER
+        return engine.create_execution_context(config)
 
     def unload(self) -> None:
         self.synchronize()
@@ -300,9 +313,11 @@ class TensorRTRunner:
     def forward(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run the engine once on the named inputs; a cache that is left out is empty, ``logits_to_keep`` the last."""
         feed = dict(inputs)
-        rows = int(feed["input_ids"].shape[0])
+        rows, tokens = feed["input_ids"].shape
         if _KEPT in self._inputs:
-            feed.setdefault(_KEPT, np.array([-1]))
+            kept = np.asarray(feed.get(_KEPT, [-1]))
+            # TensorRT leaves negative positions undefined where the number of tokens varies.
+            feed[_KEPT] = np.where(kept < 0, kept + tokens, kept)
         empty = {}
         for name in self._cached:
             if name not in feed:
@@ -328,7 +343,7 @@ class TensorRTRunner:
         self._make_room(rows)
         self._mask = np.ascontiguousarray(mask, dtype=np.int64)
         positions = np.maximum(self._mask.cumsum(axis=-1) - 1, 0)
-        kept = np.arange(tokens) if all_positions else np.array([-1])
+        kept = np.arange(tokens) if all_positions else np.array([tokens - 1])
         logits = self._step(PREFILL, input_ids, positions, kept, past=0)
         return logits if all_positions else logits[:, -1]
 
@@ -340,7 +355,7 @@ class TensorRTRunner:
         past = self._mask.shape[1]
         self._mask = np.concatenate([self._mask, np.ones_like(ids, dtype=np.int64)], axis=1)
         positions = self._mask.sum(axis=-1, keepdims=True) - 1
-        return self._step(DECODE, ids, positions, np.array([-1]), past=past)[:, -1]
+        return self._step(DECODE, ids, positions, np.array([0]), past=past)[:, -1]
 
     def _step(
         self, profile: str, ids: NDArray[Any], positions: NDArray[Any], kept: NDArray[Any], past: int

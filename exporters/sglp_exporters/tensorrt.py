@@ -273,13 +273,27 @@ def _limits(module: nn.Module, chosen: _Options) -> dict[str, int]:
                 f"computes nothing sensible; pass at most {longest}"
             )
     max_total, max_prompt = chosen.max_total, chosen.max_prompt
+    prompt, total = _certified_sizes(module)
     if max_prompt is None:
-        max_prompt = min(_tensorrt_kit.MAX_PROMPT, longest, longest if max_total is None else max_total)
+        prompt = max(_tensorrt_kit.MAX_PROMPT, prompt)
+        max_prompt = min(prompt, longest, longest if max_total is None else max_total)
     if max_total is None:
-        max_total = max(max_prompt, min(_tensorrt_kit.MAX_TOTAL, longest))
+        max_total = max(max_prompt, min(max(_tensorrt_kit.MAX_TOTAL, total), longest))
     max_batch = _tensorrt_kit.MAX_BATCH if chosen.max_batch is None else chosen.max_batch
     _tensorrt_kit.check_limits(max_batch, max_prompt, max_total)
     return {"max_batch": max_batch, "max_prompt": max_prompt, "max_total": max_total}
+
+
+def _certified_sizes(module: nn.Module) -> tuple[int, int]:
+    """Tokens of the longest prompt of a certificate beyond a sliding window, and with its answer; (0, 0) without."""
+    from sglp_deploy.adapters.samples import attention_window, generates
+    from sglp_deploy.parity import BEYOND_WINDOW, DECODE_STEPS
+    from sglp_deploy.verification import LONGEST_WINDOW_CHECKED
+
+    window = (attention_window(module.config) or 0) if generates(module) else 0
+    if not 0 < window <= LONGEST_WINDOW_CHECKED:
+        return 0, 0
+    return window + BEYOND_WINDOW, window + BEYOND_WINDOW + DECODE_STEPS
 
 
 def _positions(module: nn.Module) -> int:

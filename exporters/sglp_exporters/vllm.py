@@ -8,6 +8,7 @@ with its tensors is all it asks for.  vLLM pins its own torch and transformers a
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -94,7 +95,8 @@ class VllmExporter:
             runner.description = f"transformers in place of vLLM: there is no environment {environment!r}"
             runner.stands_in_for = self.name
             return runner
-        return VllmRunner(artifact.path, python, threads=wanted.get("threads"))
+        device = str(wanted.get("device", "cpu"))
+        return VllmRunner(artifact.path, python, device=device, threads=wanted.get("threads"))
 
 
 class VllmRunner(RowsRunner):
@@ -106,11 +108,25 @@ class VllmRunner(RowsRunner):
     Args:
         folder: The checkpoint.
         python: Interpreter of an environment that holds vLLM.
+        device: "cpu", "cuda" or "cuda:N".
         threads: CPU threads, or None for vLLM's own choice.
         max_tokens: Longest sequence that will be run.
     """
 
-    def __init__(self, folder: Path, python: Path, *, threads: int | None = None, max_tokens: int = _TOKENS) -> None:
+    not_timed = (
+        "each of its steps is a request of its own that hands back the whole vocabulary, which is not how vLLM serves; "
+        "measure the folder with vLLM's own benchmark (docs/vllm.md)"
+    )
+
+    def __init__(
+        self,
+        folder: Path,
+        python: Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        max_tokens: int = _TOKENS,
+    ) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         dtype = str(config.get("dtype") or "float32")
         positions = config.get("max_position_embeddings") or max_tokens
@@ -120,7 +136,9 @@ class VllmRunner(RowsRunner):
             "dtype": dtype,
             "max_model_len": int(min(positions, max(max_tokens, window + max_tokens))),
         }
-        environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+        environment = _device_environment(device)
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
         self._worker = Worker(python, _WORKER, name="vLLM", environment=environment)
         self._facts: dict[str, Any] = {}
         self._rows: list[list[int]] = []
@@ -184,6 +202,16 @@ class VllmRunner(RowsRunner):
     def _cut(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Without the columns vLLM pads the vocabulary with."""
         return logits[..., : int(self._facts["vocab"])]
+
+
+def _device_environment(device: str) -> dict[str, str]:
+    """What makes "cuda:N" the one device that vLLM sees; it always takes the first."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not index:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else []
+    return {"CUDA_VISIBLE_DEVICES": names[int(index)] if int(index) < len(names) else index}
 
 
 def tensor_parallel(config: Any) -> dict[str, str]:

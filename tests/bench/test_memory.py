@@ -62,13 +62,13 @@ def test_the_peak_keeps_what_was_touched_and_freed() -> None:
 
 
 def test_no_device_is_read_on_the_cpu() -> None:
-    assert device_readings("cpu") == {}
+    assert device_readings("cpu", through_torch=True) == {}
 
 
 def test_torch_is_asked_only_when_a_runner_has_loaded_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_nvml_process_used", lambda index: MemoryReading("nvml", None))
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    assert device_readings("cuda")["device_allocated_peak"].note == "this runtime does not allocate through torch"
+    assert device_readings("cuda", through_torch=True)["device_allocated_peak"].bytes is None
     assert "torch" not in sys.modules
 
     cuda = types.SimpleNamespace(
@@ -77,9 +77,13 @@ def test_torch_is_asked_only_when_a_runner_has_loaded_it(monkeypatch: pytest.Mon
         max_memory_reserved=lambda index: 200 + index,
     )
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
-    found = device_readings("cuda:1")
+    found = device_readings("cuda:1", through_torch=True)
     assert found["device_allocated_peak"] == MemoryReading("torch.cuda.max_memory_allocated", 101)
     assert found["device_reserved_peak"].bytes == 201
+    # TensorRT keeps its inputs and outputs in tensors, and its weights and workspace elsewhere.
+    partly = device_readings("cuda:1", through_torch=False)["device_allocated_peak"]
+    assert partly.bytes is None
+    assert partly.note == "this runtime does not allocate all of its memory through torch"
 
 
 def fake_nvml(processes: list[types.SimpleNamespace]) -> types.SimpleNamespace:
@@ -98,7 +102,7 @@ def test_nvml_counts_only_our_own_processes(
 ) -> None:
     processes = [types.SimpleNamespace(pid=os.getpid() if ours else 1, usedGpuMemory=size) for ours, size in used]
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(processes))
-    assert device_readings("cuda")["device_process_used"].bytes == expected
+    assert device_readings("cuda", through_torch=True)["device_process_used"].bytes == expected
 
 
 def test_a_refusal_of_nvml_is_a_note_and_not_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,9 +110,9 @@ def test_a_refusal_of_nvml_is_a_note_and_not_a_failure(monkeypatch: pytest.Monke
         raise RuntimeError("Driver Not Loaded")
 
     monkeypatch.setitem(sys.modules, "pynvml", types.SimpleNamespace(nvmlInit=refuse))
-    assert device_readings("cuda")["device_process_used"].note == "NVML refused: Driver Not Loaded"
+    assert device_readings("cuda", through_torch=True)["device_process_used"].note == "NVML refused: Driver Not Loaded"
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert device_readings("cuda")["device_process_used"].note == "needs nvidia-ml-py"
+    assert device_readings("cuda", through_torch=True)["device_process_used"].note == "needs nvidia-ml-py"
 
 
 def test_a_reading_survives_json() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
+import bench_fakes
 from bench_fakes import OPENER, VOCABULARY, fake_artifact
 from sglp_bench import worker
 from sglp_bench.launch import run_worker
@@ -147,6 +148,17 @@ def test_without_an_opener_the_registry_is_asked_for_the_format(
     monkeypatch.setattr(worker, "_registered", registered)
     run_block(spec(tmp_path, opener=None))
     assert asked == ["fake"]
+
+
+def test_a_runner_whose_times_mean_nothing_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why = "its steps are no steps; time something else"
+    monkeypatch.setattr(bench_fakes.FakeRunner, "not_timed", why, raising=False)
+    log = tmp_path / "log"
+    with pytest.raises(BenchmarkError, match=r"the runner of format 'fake' is not timed; its steps are no steps; time"):
+        run_block(spec(tmp_path, log=str(log)))
+    assert not log.exists()
 
 
 def test_importing_the_worker_loads_no_runtime() -> None:

@@ -67,6 +67,18 @@ def test_leaving_forgets_the_cache_and_restores_the_threads() -> None:
         runner.decode(np.array([1]))
 
 
+def test_float32_convolves_with_all_its_bits_while_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    runner = TorchRunner(tiny.model("llama"))
+    with runner, TorchRunner(tiny.model("llama")):
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    with runner:
+        pass
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_half_precision_logits_come_back_as_float32() -> None:
     with TorchRunner(tiny.model("llama").to(torch.bfloat16)) as runner:
         assert runner.prefill(_ids(1, 4)).dtype == np.float32

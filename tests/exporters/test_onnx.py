@@ -422,8 +422,11 @@ def test_a_runtime_that_falls_back_to_another_device_is_caught_by_name(
 ) -> None:
     import onnxruntime
 
+    preloaded: list[str] = []
+
     class FellBack:
         def __init__(self, _file: str, _options: Any, providers: list[Any]) -> None:
+            assert preloaded == [""]  # CUDA's libraries in pip's folders, which a process without torch does not find
             assert [name for name, _ in providers] == ["CUDAExecutionProvider"]
 
         def get_providers(self) -> list[str]:
@@ -432,6 +435,7 @@ def test_a_runtime_that_falls_back_to_another_device_is_caught_by_name(
     # As onnxruntime-gpu does it without CUDA's libraries: it is listed, and dropped with a warning when it is loaded.
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", *left])
     monkeypatch.setattr(onnxruntime, "InferenceSession", FellBack)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda directory: preloaded.append(directory))
     runner = OnnxExporter().open(exported("llama").artifacts["pruned"], device="cuda")
     with pytest.raises(
         BackendError, match=r"fell back from CUDAExecutionProvider to \[.*\]; a number taken there would be"

@@ -26,7 +26,7 @@ from sglp_deploy.errors import ArtifactError, BackendError, ConfigError, Missing
 from sglp_deploy.materialize import CompressedModel, materialize
 from sglp_deploy.protocols import Exporter, GeneratingRunner
 from sglp_deploy.reference import TorchRunner
-from sglp_exporters import _tensorrt_build, _tensorrt_kit
+from sglp_exporters import _tensorrt_build, _tensorrt_kit, tensorrt
 from sglp_exporters._precision import in_precision
 from sglp_exporters.onnx import OnnxExporter
 from sglp_exporters.tensorrt import TensorRTExporter, TensorRTKitExporter
@@ -365,6 +365,22 @@ def test_a_wrong_option_is_refused_before_anything_is_traced(
     with pytest.raises(ConfigError, match=words):
         exporter().export(compressed("llama", (0,)), tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("window", "limits"),
+    [(128, (1024, 2048)), (1024, (1088, 2048)), (4096, (4160, 4192)), (8192, (1024, 2048)), (None, (1024, 2048))],
+)
+def test_by_default_an_engine_has_room_for_its_certificate_beyond_the_window(
+    window: int | None, limits: tuple[int, int]
+) -> None:
+    """verify tries a prompt 64 tokens longer than a window of up to 4,096, and 32 tokens after it."""
+    positions = {"max_position_embeddings": 32_768}
+    module = (
+        tiny.model("llama", **positions) if window is None else tiny.model("gemma3", sliding_window=window, **positions)
+    )
+    found = tensorrt._limits(module, tensorrt._options("tensorrt", {}))
+    assert (found["max_prompt"], found["max_total"]) == limits
 
 
 @NEEDS_RTX

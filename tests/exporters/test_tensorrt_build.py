@@ -97,13 +97,14 @@ def test_classic_tensorrt_builds_for_the_gpu_it_runs_on_only() -> None:
 # ------------------------------------------------------------------------------------------------------------ audit
 
 
-def _audit(engine_mb: float, weights_mb: float, layers: int = 2000) -> dict[str, Any]:
+def _audit(engine_mb: float, weights_mb: float, layers: int = 2000, package: str = RTX) -> dict[str, Any]:
     return audit_weights(
         engine_bytes=int(engine_mb * 1e6),
         weight_bytes=int(weights_mb * 1e6),
         precision="fp16",
         n_layers=layers,
         n_profiles=2,
+        package=package,
     )
 
 
@@ -117,6 +118,13 @@ def test_a_silently_wider_or_an_empty_engine_is_refused(engine_mb: float, words:
     found = _audit(engine_mb, 269)
     assert found["verdict"] == "refused"
     assert words in found["words"]
+
+
+def test_a_large_engine_of_classic_tensorrt_may_hold_what_its_kernels_want_beside_the_weights() -> None:
+    found = _audit(538 + 20, 269, package=CLASSIC)
+    assert found["verdict"] == "cannot tell"
+    assert "what its kernels keep beside them" in found["words"]
+    assert _audit(20, 269, package=CLASSIC)["verdict"] == "refused"
 
 
 def test_where_code_outweighs_the_weights_the_audit_says_that_it_cannot_tell() -> None:
@@ -213,7 +221,7 @@ def test_the_script_builds_with_nothing_but_tensorrt_and_says_that_the_engine_wa
     assert report["runtime"]["package"] == "tensorrt_rtx"
     if _tensorrt_build.device_capability() is None:
         assert report["runtime"]["device"] is None
-        assert report["runtime"]["timing_cache"] == "not used: TensorRT for RTX measures nothing without a GPU"
+        assert report["runtime"]["timing_cache"] == "not used: TensorRT for RTX measures nothing when it builds"
         assert report["runtime"]["layer_information"] == "needs a GPU that can load the engine"
 
 

@@ -138,6 +138,44 @@ def test_forward_gives_every_output_and_an_empty_cache_may_be_left_out(decoder: 
             runner.forward({**feed, "pixel_values": ids})
 
 
+def test_a_position_counted_from_the_end_reaches_the_engine_counted_from_the_start(decoder: Built) -> None:
+    ids = _ids(2, 9)
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(9)[None].repeat(2, 0)}
+    with decoder.runner() as runner, TorchRunner(decoder.model.module) as reference:
+        every = reference.prefill(ids, all_positions=True)
+        kept = runner.forward({**feed, "logits_to_keep": np.array([-9, 3, -1])})["logits"]
+        np.testing.assert_allclose(kept, every[:, [0, 3, 8]], atol=ATOL)
+
+
+def test_each_profile_has_scratch_memory_of_its_own_size(decoder: Built) -> None:
+    tensorrt_fake.contexts.clear()
+    with decoder.runner():
+        assert [context.how for context in tensorrt_fake.contexts] == ["on profile change"] * 2
+
+
+def test_tensorrt_for_rtx_keeps_one_set_of_kernels_while_it_decodes(
+    decoder: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step has a new shape; kernels compiled in the background would change the times in the middle of a run."""
+    monkeypatch.setitem(sys.modules, _tensorrt_build.RTX, tensorrt_fake)
+    tensorrt_fake.contexts.clear()
+    with runner_for(decoder.kit, decoder.engine, _tensorrt_build.RTX, "cpu"):
+        prefill, decode = (context.how for context in tensorrt_fake.contexts)
+    assert prefill.allocation == decode.allocation == "on profile change"
+    assert prefill.dynamic_shapes_kernel_specialization_strategy == "eager"
+    assert decode.dynamic_shapes_kernel_specialization_strategy == "none"
+
+
+@pytest.mark.tensorrt
+def test_the_runtime_settings_asked_of_tensorrt_for_rtx_exist_there() -> None:
+    trt: Any = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx (the extra of that name)")
+    assert {"EAGER", "NONE"} <= set(trt.DynamicShapesKernelSpecializationStrategy.__members__)
+    assert "ON_PROFILE_CHANGE" in trt.ExecutionContextAllocationStrategy.__members__
+    settings = {"set_execution_context_allocation_strategy", "dynamic_shapes_kernel_specialization_strategy"}
+    assert settings <= set(dir(trt.IRuntimeConfig))
+    assert hasattr(trt.ICudaEngine, "create_runtime_config")
+
+
 def test_an_image_model_runs_forward_and_does_not_generate(vision: Built) -> None:
     pixels = torch.randn(2, *vision.kit.inputs[0].shape[1:], generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     with vision.runner() as runner, torch.no_grad():

@@ -10,6 +10,7 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",  # in this process: a child of it would outlive a kill
     VLLM_LOGGING_LEVEL="WARNING",
+    TRITON_F32_DEFAULT="ieee",  # float32 means all 23 bits of the mantissa; its default on a GPU is TF32
 )
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 sys.path.insert(0, os.environ["SGLP_WORKER_LOOP"])
@@ -19,13 +20,20 @@ from worker_loop import serve
 
 # Tokens in a cache block: the least CPU attention takes; small, so that continuing a sequence reads from the cache.
 _BLOCK = 32
+_SHARE_OF_FREE = 0.9  # of the device's free memory
 _state: dict[str, Any] = {}
 
 
 def start(folder: str, dtype: str, max_model_len: int) -> Mapping[str, Any]:
     """Load the checkpoint; answers with what vLLM says about memory."""
+    import torch
     import vllm
 
+    share = {}
+    if torch.cuda.is_available():
+        # vLLM demands nine tenths of the device, where the reference model lies too while a certificate is made.
+        free, total = torch.cuda.mem_get_info()
+        share = {"gpu_memory_utilization": _SHARE_OF_FREE * free / total}
     llm = vllm.LLM(
         model=folder,
         dtype=dtype,
@@ -38,6 +46,7 @@ def start(folder: str, dtype: str, max_model_len: int) -> Mapping[str, Any]:
         max_logprobs=-1,
         logprobs_mode="raw_logits",
         skip_tokenizer_init=True,
+        **share,
     )
     _state["llm"] = llm
     settings = llm.llm_engine.vllm_config
