@@ -256,6 +256,7 @@ class ParityReport:
             worst, last_position_max_abs, greedy; the last two are None for an artifact that runs forward only, whose
             cases also name the output.
         reasons: Why it failed; empty when it passed.
+        stands_in_for: The format whose own runtime was not what ran; empty when it was.
 
     Raises:
         ValueError: If a number is NaN or infinite, or a value is not JSON.
@@ -270,6 +271,7 @@ class ParityReport:
     noise_floor: Mapping[str, float]
     cases: tuple[Mapping[str, Any], ...]
     reasons: tuple[str, ...] = field(default=())
+    stands_in_for: str = ""
 
     def __post_init__(self) -> None:
         _io.canonical_json(asdict(self))  # refuses NaN and infinity: a certificate that cannot be written is none
@@ -303,7 +305,8 @@ class ParityReport:
             )
         names = set(cls.__dataclass_fields__)
         given = set(value) - {"schema", "passed"}
-        faults = [f"{name} is missing" for name in sorted(names - given)]
+        # Certificates from before there was the last field stay readable.
+        faults = [f"{name} is missing" for name in sorted(names - given - {"stands_in_for"})]
         faults += [f"{name} is unknown" for name in sorted(given - names)]
         faults += [
             f"{name} is not {words}"
@@ -320,7 +323,7 @@ class ParityReport:
             faults += ["reasons are not all text"] * (not all(isinstance(reason, str) for reason in value["reasons"]))
         try:
             if not faults:
-                facts = {name: value[name] for name in names}
+                facts = {name: value[name] for name in names & given}
                 return cls(**{**facts, "cases": tuple(facts["cases"]), "reasons": tuple(facts["reasons"])})
         except ValueError as error:  # NaN, which Python's reader of JSON lets through
             faults.append(str(error))

@@ -85,8 +85,8 @@ _TABLES: dict[str, dict[str, str]] = {
 }
 
 
-# A name becomes a folder's, and these endings mean other folders of a run.
-_NAME = re.compile(r"(?!.*(?:-baseline|-against-torch)$)[A-Za-z0-9][A-Za-z0-9._-]*")
+# A name becomes a folder's, and these mean other folders of a run.
+_NAME = re.compile(r"(?!all$)(?!.*(?:-baseline|-against-torch)$)[A-Za-z0-9][A-Za-z0-9._-]*")
 _FORMAT = "format"  # the option that says which format is behind a name
 
 
@@ -180,7 +180,7 @@ class RunConfig:
     def _export_faults(self) -> list[str]:
         faults = [
             f"{name!r} cannot name an export; its folder and its benchmark's are called by it; use letters, digits, "
-            "'-', '_' and '.', and do not end it with -baseline or -against-torch"
+            "'-', '_' and '.', and neither 'all' nor an end in -baseline or -against-torch"
             for name in self.to
             if not _NAME.fullmatch(name)
         ]

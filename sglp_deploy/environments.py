@@ -28,7 +28,7 @@ from sglp_deploy.errors import BackendError, ConfigError, MissingDependencyError
 SCHEMA: Final = "environment/1"  # history: 1 = first
 _RECEIPT: Final = "sglp-environment.json"
 _CREATE_TIMEOUT_S: Final = 3600.0
-_PROBE_TIMEOUT_S: Final = 120.0
+_PROBE_TIMEOUT_S: Final = 600.0  # the first import of a torch from a slow disk takes minutes
 _LAST_LINES: Final = 8
 _DIGITS: Final = 12  # of the fingerprint, in a folder's name
 
@@ -160,7 +160,7 @@ def home() -> Path:
     """The folder all environments live in: ``$SGLP_DEPLOY_HOME``, else under the user's cache folder."""
     given = os.environ.get("SGLP_DEPLOY_HOME")
     if given:
-        return Path(given) / "environments"
+        return Path(given).expanduser().absolute() / "environments"
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(cache) / "sglp-deploy" / "environments"
 
@@ -191,9 +191,9 @@ def interpreter(name: str) -> Path:
     spec = spec_of(name)
     own = os.environ.get(variable(name))
     if own:
-        if not os.access(own, os.X_OK):
+        if not os.access(os.path.expanduser(own), os.X_OK):
             raise ConfigError(f"{variable(name)}={own} is not a program that can be run; correct it or unset it")
-        return Path(own)
+        return Path(own).expanduser().absolute()  # a worker is started in a folder of its own
     folder = _folder(spec)
     if _receipt(folder) is None:
         raise MissingDependencyError(
@@ -242,19 +242,30 @@ def create(name: str, *, say: Say = lambda _line: None, force: bool = False) -> 
                 return _python(folder)
             if folder.exists():
                 say(f"removing what is in {folder}")
-                shutil.rmtree(folder)
+                _delete(folder)
             _build(spec, folder, say)
     return _python(folder)
 
 
 def remove(name: str) -> list[Path]:
-    """Delete every environment called ``name``, older lists included; returns the folders that went."""
+    """Delete every environment called ``name``, older lists included; returns the folders that went.
+
+    Waits for a process that is making one.
+    """
     spec_of(name)
-    gone = []
-    for folder in _made(name):
-        shutil.rmtree(folder)
-        gone.append(folder)
+    if not _made(name):
+        return []
+    with _locked(home() / f"{name}.lock", lambda _line: None):
+        gone = _made(name)
+        for folder in gone:
+            _delete(folder)
     return gone
+
+
+def _delete(folder: Path) -> None:
+    """The receipt first: what a stop in the middle leaves must not read as ready."""
+    (folder / _RECEIPT).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def _build(spec: EnvironmentSpec, folder: Path, say: Say) -> None:
@@ -295,10 +306,25 @@ def probe(spec: EnvironmentSpec, python: Path) -> None:
     Raises:
         BackendError: If it fails or hangs; the message ends with its last words.
     """
-    _step(spec, [str(python), "-c", spec.probe], "the check", timeout_s=_PROBE_TIMEOUT_S)
+    advice = (
+        "what was installed does not run on this machine; look at the last line, and name an interpreter in which it "
+        f"does in {variable(spec.name)}"
+    )
+    _step(spec, [str(python), "-c", spec.probe], "the check", advice=advice, timeout_s=_PROBE_TIMEOUT_S)
 
 
-def _step(spec: EnvironmentSpec, command: Sequence[str], what: str, timeout_s: float = _CREATE_TIMEOUT_S) -> None:
+def _step(
+    spec: EnvironmentSpec,
+    command: Sequence[str],
+    what: str,
+    *,
+    advice: str = "",
+    timeout_s: float = _CREATE_TIMEOUT_S,
+) -> None:
+    advice = advice or (
+        "without a network, point pip at a folder of wheels (PIP_FIND_LINKS, PIP_NO_INDEX=1), or name an interpreter "
+        f"that has it in {variable(spec.name)}"
+    )
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     try:
         done = subprocess.run(
@@ -314,15 +340,13 @@ def _step(spec: EnvironmentSpec, command: Sequence[str], what: str, timeout_s: f
         )
     except subprocess.TimeoutExpired as error:
         raise BackendError(
-            f"{what} for the environment {spec.name!r} took more than {timeout_s:g} s and was stopped; check the "
-            "network, then run the same command again"
+            f"{what} for the environment {spec.name!r} took more than {timeout_s:g} s and was stopped; a slow "
+            f"network or disk can be the reason; {advice}"
         ) from error
     if done.returncode:
         last = "\n  ".join(done.stdout.strip().splitlines()[-_LAST_LINES:])
         raise BackendError(
-            f"{what} for the environment {spec.name!r} failed (exit {done.returncode}); without a network, point pip "
-            f"at a folder of wheels (PIP_FIND_LINKS, PIP_NO_INDEX=1), or name an interpreter that has it in "
-            f"{variable(spec.name)}\n  {last}"
+            f"{what} for the environment {spec.name!r} failed (exit {done.returncode}); {advice}\n  {last}"
         )
 
 

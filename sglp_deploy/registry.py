@@ -110,7 +110,10 @@ def _missing(made: Exporter) -> list[str]:
 
 def _importable(package: str) -> bool:
     try:
-        return importlib.util.find_spec(package) is not None
+        found = importlib.util.find_spec(package)
+        # A folder of that name in the working directory ("-o onnx") looks like a package without code of its own; so
+        # do a few real ones, which somebody has installed.
+        return found is not None and (found.origin is not None or package in metadata.packages_distributions())
     except ModuleNotFoundError:  # the parent of a dotted name
         return False
 

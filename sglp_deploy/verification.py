@@ -102,7 +102,8 @@ def verify_artifact(
     if not report.passed:
         faults += weight_faults(pruned.module, stored)
     faults += _difference(exporter, artifact, pruned)
-    return replace(report, reasons=(*report.reasons, *faults)) if faults else report
+    stands_in_for = str(getattr(runner, "stands_in_for", "") or "")
+    return replace(report, reasons=(*report.reasons, *faults), stands_in_for=stands_in_for)
 
 
 def _is_forward(artifact: ExportArtifact) -> bool:

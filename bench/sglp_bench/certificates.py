@@ -60,12 +60,12 @@ def certification(artifact: ExportArtifact, given: Iterable[ParityReport] = ()) 
             return Certification("failed", f"its certificate failed: {first}", report.runner)
     # A manifest of something not executed yet names what stands in for it; on the device another thing is timed.
     stand_in = artifact.details.get("runner") if artifact.details.get("executed") is False else None
-    if ran := [report for report in mine if report.runner != stand_in]:
+    if ran := [report for report in mine if report.runner != stand_in and not report.stands_in_for]:
         return Certification("passed", runner=ran[-1].runner)
     if mine:
-        return Certification(
-            "missing", f"its certificate is of a stand-in ({stand_in}); verify with --device cuda", mine[-1].runner
-        )
+        runner = mine[-1].runner
+        where = "with --device cuda" if stand_in else f"again where {artifact.format} itself runs"
+        return Certification("missing", f"its certificate is of a stand-in ({runner}); verify {where}", runner)
     if faults:
         return Certification("missing", f"its certificate cannot be read: {faults[0]}")
     if reports:

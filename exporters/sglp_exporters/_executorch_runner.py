@@ -39,9 +39,17 @@ def python() -> Path:
     import os
     import sys
 
-    if not os.environ.get(environments.variable(ENVIRONMENT)) and find_spec("executorch") is not None:
+    if not os.environ.get(environments.variable(ENVIRONMENT)) and _have_executorch():
         return Path(sys.executable)
     return environments.interpreter(ENVIRONMENT)
+
+
+def _have_executorch() -> bool:
+    """Whether it is installed; any folder called "executorch" in the working directory looks like the package."""
+    try:
+        return find_spec("executorch.runtime") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 class _ProgramRunner:

@@ -33,6 +33,8 @@ _FROM_SETTINGS = re.compile(r"^rope_(freqs|factors_long|factors_short)\.weight$"
 # A value rounded to Q8_0 lies within half a step of its block's scale; the scale itself is rounded to fp16 (11 bits),
 # which moves the 127th step by 127 / 2048 of one.
 _Q8_0_BLOCK, _Q8_0_STEPS = 32, 0.5 + 127 / 2048
+# Scales below 2**-14 are multiples of 2**-24, so one lies up to half of that from what it should be.
+_Q8_0_LEAST = 127 * 2.0**-25
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,8 @@ def _forms(name: str, values: Array, heads: tuple[int, int]) -> Iterator[tuple[s
             yield "rotary pairs", np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
     if "norm" in name:
         yield "one added", values + np.float32(1)
+        # Of a float16 model the converter adds in float16.
+        yield "one added in float16", (values.astype(np.float16) + np.float16(1)).astype(np.float32)
     if values.ndim == 2:
         yield "transposed", np.ascontiguousarray(values.T)
 
@@ -227,7 +231,7 @@ def _agrees(tensor: Any, values: Array) -> bool:
     if kind == "BF16":
         return bool(np.array_equal(stored, _nearest_bf16(values)))
     blocks = values.reshape(-1, _Q8_0_BLOCK)
-    bound = np.abs(blocks).max(axis=1, keepdims=True) * (_Q8_0_STEPS / 127) + 1e-7
+    bound = np.abs(blocks).max(axis=1, keepdims=True) * (_Q8_0_STEPS / 127) + _Q8_0_LEAST
     return bool((np.abs(stored.reshape(blocks.shape) - blocks) <= bound).all())
 
 

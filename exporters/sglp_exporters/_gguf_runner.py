@@ -23,6 +23,11 @@ MODEL_FILE = "model.gguf"
 _WORKER = Path(__file__).with_name("workers") / "llama_cpp_worker.py"
 
 
+def _usable_processors() -> int:
+    """Those this process may use; macOS does not say and has all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class LlamaCppRunner(RowsRunner):
     """llama.cpp as a generating runner; each row is a sequence of its own and is given without its padding.
 
@@ -46,7 +51,7 @@ class LlamaCppRunner(RowsRunner):
             )
         self._artifact = artifact
         self._exact = artifact.precision == "fp32"
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or _usable_processors()
         self._worker = Worker(python, _WORKER, name="llama.cpp", environment={"OMP_NUM_THREADS": str(self._threads)})
         self._facts: dict[str, Any] = {}
 

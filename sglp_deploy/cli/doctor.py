@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 
-from sglp_deploy import registry
+from sglp_deploy import environments, registry
+from sglp_deploy.environments import ENVIRONMENTS
 
 _GIB = 1 << 30
 
@@ -80,13 +81,7 @@ def _runtimes() -> list[dict[str, str]]:
             findings.append(
                 _finding("conflict", look.__name__.strip("_"), f"{type(error).__name__}: {error}; reinstall it")
             )
-    vllm = os.environ.get("SGLP_VLLM_PYTHON")
-    findings.append(
-        _finding(
-            "ok" if vllm and Path(vllm).is_file() else "note", "vLLM interpreter", vllm or "SGLP_VLLM_PYTHON is unset"
-        )
-    )
-    return findings
+    return findings + [_finding("note", f"environment {name}", environments.state(name)) for name in ENVIRONMENTS]
 
 
 def _onnx_runtime() -> dict[str, str]:

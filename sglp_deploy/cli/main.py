@@ -98,7 +98,7 @@ def _unwinding() -> Iterator[None]:
     """Let SIGTERM and SIGHUP unwind like Ctrl-C, so that half-made folders are removed and workers are stopped."""
     changed = {}
     if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in filter(None, (signal.SIGTERM, getattr(signal, "SIGHUP", None))):  # Windows has no SIGHUP
             if signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored, and that stays
                 changed[number] = signal.signal(number, _terminate)
     try:

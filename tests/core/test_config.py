@@ -285,6 +285,7 @@ def test_each_export_has_its_own_options_and_a_flag_wins_over_the_file_s(tmp_pat
         ({"to": ("onnx",), "options": {"onxx": {"opset": 21}}}, "'onxx', which is not exported"),
         ({"to": ("onnx", "a/b")}, "'a/b' cannot name an export"),
         ({"to": ("onnx-baseline",)}, "'onnx-baseline' cannot name an export"),
+        ({"to": ("all",)}, "'all' cannot name an export"),  # where a benchmark works
         ({"to": ("torch",), "options": {"torch": {"format": "onnx"}}}, "'torch' takes no options"),
     ],
 )

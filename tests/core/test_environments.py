@@ -137,6 +137,40 @@ def test_an_environment_whose_probe_fails_is_not_ready(spec: EnvironmentSpec, mo
         environments.interpreter("toy")
 
 
+def test_a_removal_that_is_stopped_leaves_nothing_that_looks_ready(
+    spec: EnvironmentSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = environments.create("toy")
+
+    def stopped(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(environments.shutil, "rmtree", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            environments.remove("toy")
+    assert python.exists()
+    assert environments.state("toy") == "half-made; 'env create' makes it again"
+    assert environments.remove("toy") == [python.parents[1]]
+    assert environments.state("toy") == "not made"
+    assert environments.remove("toy") == []
+
+
+def test_relative_folders_and_interpreters_are_meant_from_where_the_user_stands(
+    spec: EnvironmentSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker is started in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SGLP_DEPLOY_HOME", "here")
+    assert environments.home() == tmp_path / "here" / "environments"
+    (tmp_path / "python").symlink_to(sys.executable)
+    monkeypatch.setenv("SGLP_PYTHON_TOY", "./python")
+    assert environments.interpreter("toy") == tmp_path / "python"  # the link itself: it may be an environment's
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SGLP_PYTHON_TOY", "~/python")
+    assert environments.interpreter("toy") == tmp_path / "python"
+
+
 def test_a_users_own_interpreter_stands_in(spec: EnvironmentSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLP_PYTHON_TOY", sys.executable)
     assert environments.interpreter("toy") == Path(sys.executable)

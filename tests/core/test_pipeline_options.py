@@ -77,6 +77,21 @@ def test_another_option_runs_only_what_depends_on_it(model: Path, tmp_path: Path
     ]
 
 
+def test_an_environment_that_was_made_meanwhile_is_asked_for_the_certificate(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    arguments = cli_runs.run_arguments(model, out, to="vllm")
+    assert main(arguments) == 0
+    found = ParityReport.load(out / "parity" / "vllm.json")
+    assert "in place of vLLM" in found.runner
+    assert found.stands_in_for == "vllm"
+    monkeypatch.setattr(pipeline.environments, "state", lambda name: f"ready: {name}")
+    assert main(arguments) == 0
+    again = [name for name, stage in stages(out).items() if stage["note"] != "kept"]
+    assert again == ["parity vllm"]  # it came out the same, so the report stays
+
+
 def test_an_option_the_format_does_not_have_stops_that_export_alone(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,6 +124,14 @@ def test_the_list_holds_every_plugin_and_no_broken_one_breaks_it() -> None:
     assert lines["good"].version == "unknown"
 
 
+@pytest.mark.usefixtures("theirs")
+def test_an_output_folder_is_not_taken_for_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "surely_not_installed").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(MissingDependencyError, match="surely_not_installed"):
+        registry.exporter("needy")
+
+
 def test_a_missing_need_of_ours_names_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     class Described:
         def get_all(self, key: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +180,23 @@ def test_without_the_runtime_an_artifact_opens_and_does_not_start(tmp_path: Path
         runner.__enter__()
 
 
+def test_a_folder_called_executorch_is_not_taken_for_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_executorch_runner, "find_spec", lambda name: None)
+    assert not _executorch_runner._have_executorch()
+    monkeypatch.undo()
+    if _executorch_runner._have_executorch():
+        pytest.skip("needs an interpreter without executorch")
+    (tmp_path / "executorch").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert find_spec("executorch") is not None
+    assert not _executorch_runner._have_executorch()
+
+
 def test_an_interpreter_of_ours_that_has_executorch_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(_executorch_runner, "find_spec", lambda name: name == "executorch" or None)
+    monkeypatch.setattr(_executorch_runner, "find_spec", lambda name: name == "executorch.runtime" or None)
     assert _executorch_runner.python() == Path(sys.executable)
     monkeypatch.setenv(VARIABLE, "/bin/sh")  # a user who names one means it
     assert _executorch_runner.python() == Path("/bin/sh")

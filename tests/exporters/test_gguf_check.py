@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
+import torch
 
 import tiny
 from gguf_files import HEADS, PLACES, named, write
 from sglp_deploy.errors import ArtifactError
-from sglp_exporters._gguf_check import compare, stored_weights
+from sglp_exporters._gguf_check import _agrees, _forms, compare, stored_weights
 
 
 def faults(file: Path, module: Any, *, layers: int = 6, kind: str = "F32") -> tuple[str, ...]:
@@ -40,6 +44,26 @@ def test_one_changed_element_is_named_by_its_tensor(llama: Any, tmp_path: Path, 
     file = write(tmp_path / "m.gguf", tensors, layers=6, kind=kind)
     (fault,) = faults(file, llama, kind=kind)
     assert fault.startswith("blk.3.ffn_up.weight differs from the model's by up to 0.0")
+
+
+def test_rows_of_very_small_weights_are_no_fault(tmp_path: Path) -> None:
+    """An untrained token or a dead neuron: the scale of such a block is a subnormal float16, with few bits."""
+    model = tiny.model("llama")
+    with torch.no_grad():
+        for row, size in enumerate((4e-3, 1e-3, 1e-4, 1e-5, 1e-7)):
+            model.model.embed_tokens.weight[row] *= size / model.model.embed_tokens.weight[row].abs().max()
+    file = write(tmp_path / "m.gguf", named(model), layers=6, kind="Q8_0")
+    assert faults(file, model, kind="Q8_0") == ()
+
+
+def test_a_norm_counted_from_zero_may_be_added_in_float16() -> None:
+    """As the converter does for Gemma in float16; in float32 the sum has other bits."""
+    norm = torch.randn(64, generator=torch.Generator().manual_seed(0)).half().float().numpy()
+    written = (norm.astype(np.float16) + np.float16(1)).astype(np.float32)
+    tensor = SimpleNamespace(tensor_type=gguf.GGMLQuantizationType.F32, data=written)
+    assert not np.array_equal(written, norm + np.float32(1))
+    agreeing = [form for form, values in _forms("output_norm.weight", norm, (0, 0)) if _agrees(tensor, values)]
+    assert agreeing == ["one added in float16"]
 
 
 def test_a_value_that_is_not_finite_is_named(llama: Any, tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ _LINES: collections.deque[str] = collections.deque(maxlen=400)
 
 
 class _ModelSettings(ctypes.Structure):
-    # Passed on as llama.cpp made it; longer than its own, which by value is harmless in both directions.
-    _fields_ = (("all", ctypes.c_uint8 * 512),)
+    # The rest is passed on as llama.cpp made it; longer than its own, which by value is harmless in both directions.
+    _fields_ = (("devices", ctypes.c_void_p), ("rest", ctypes.c_uint8 * 504))
 
 
 class _ContextSettings(ctypes.Structure):
@@ -136,7 +136,13 @@ def start(file: str, threads: int, exact: bool) -> Mapping[str, Any]:
                 f"xllamacpp {metadata.version('xllamacpp')} arranges llama.cpp's settings otherwise than the release "
                 f"this was written for ({name} reads {getattr(settings, name)!r}, not {expected!r})"
             )
-    model = library.llama_model_load_from_file(file.encode(), library.llama_model_default_params())
+    loading = library.llama_model_default_params()
+    if loading.devices is not None:
+        raise RuntimeError("xllamacpp arranges llama.cpp's model settings otherwise than the release this is for")
+    # A build for GPUs takes all there are by itself; an empty list, ended by a null, leaves it the CPU.
+    nothing = (ctypes.c_void_p * 1)(None)
+    loading.devices = ctypes.addressof(nothing)
+    model = library.llama_model_load_from_file(file.encode(), loading)
     if not model:
         raise RuntimeError(f"llama.cpp cannot load {file}; {_last_words()}")
     vocabulary = library.llama_model_get_vocab(model)
