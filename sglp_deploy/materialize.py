@@ -156,8 +156,9 @@ def write_checkpoint_files(model: CompressedModel, folder: Path) -> None:
     if model.tokenizer is not None:
         with quiet_libraries():
             model.tokenizer.save_pretrained(folder)
-    for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes through a private temporary file
+    for file in folder.rglob("*"):
+        if file.is_file():  # some tokenizers have a folder of chat templates
+            file.chmod(0o644)  # safetensors writes through a private temporary file
     model.plan.save(folder / PLAN_FILE)
     check_reload(model, folder)
 

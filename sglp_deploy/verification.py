@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,8 +23,8 @@ from sglp_deploy.certificate import ParityReport
 from sglp_deploy.diagnosis import cache_faults, read_stored, stored_type_fault, weight_faults
 from sglp_deploy.errors import ArtifactError, ConfigError
 from sglp_deploy.materialize import CompressedModel
-from sglp_deploy.parity import check_parity, prompt_cases
-from sglp_deploy.parity_forward import check_forward_parity, forward_cases
+from sglp_deploy.parity import BEYOND_WINDOW, DECODE_STEPS, check_parity, prompt_cases
+from sglp_deploy.parity_forward import check_forward_parity, forward_cases, most_tokens
 from sglp_deploy.protocols import GeneratingRunner, Runner
 from sglp_deploy.reference import TorchRunner
 
@@ -75,7 +76,8 @@ def verify_artifact(
     config = getattr(original, "config", None)
     takes_tokens = main_input(original) == "input_ids"
     window = attention_window(config, pruned.plan.keep) if takes_tokens and config is not None else None
-    if window is not None and window > LONGEST_WINDOW_CHECKED:
+    positions = most_tokens(original) if takes_tokens and config is not None else sys.maxsize
+    if window is not None and window > min(LONGEST_WINDOW_CHECKED, positions - BEYOND_WINDOW - DECODE_STEPS):
         described += f"; not compared beyond its sliding window of {window} tokens"
         window = None
     facts: dict[str, Any] = {"reference_name": described, "progress": progress}
@@ -85,7 +87,7 @@ def verify_artifact(
                 f"the {artifact.format} runner cannot generate; decoder parity needs prefill and decode; add them"
             )
         check_cache_layout(artifact, cast("PreTrainedModel", pruned.module))
-        prompts = prompt_cases(tokens(), window=window)
+        prompts = prompt_cases(tokens(), window=window, positions=positions)
         with _reference(original, pruned, threads) as reference, runner:
             report = check_parity(artifact, runner, reference, prompts, runner_name=_name(artifact, runner), **facts)
             if not report.passed:

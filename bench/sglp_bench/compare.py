@@ -134,7 +134,7 @@ def _compare_times(
     work = result.workload
     pairs = _pairs(left, right) if paired else []
     a = _iterations(metric, left, work, [first for first, _ in pairs] if paired else None)
-    b = _iterations(metric, right, work, [second for _, second in pairs] if paired else None)
+    b = _iterations(metric, right, other.workload, [second for _, second in pairs] if paired else None)
     if metric.higher_is_better:
         a, b = 1 / a, 1 / b  # so that log(a / b) > 0 means that the candidate is better, for every metric
     logs = np.log(np.median(a, axis=1)), np.log(np.median(b, axis=1))

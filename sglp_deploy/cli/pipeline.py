@@ -235,6 +235,7 @@ class Pipeline:
         settings = {
             "workload": self._workload.to_json(),
             "measured": measured,
+            "runtimes": {name: self._environment_of(name) for name in measured},
             "environment": {key: self._environment.get(key) for key in COMPARABLE_KEYS},
         }
         return self._stage("bench", settings, list(arms.values()), outputs, lambda: self._bench(plan, measured, arms))

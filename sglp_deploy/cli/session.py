@@ -6,6 +6,7 @@ torch and transformers are imported by the functions that need them, so a verb c
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import urllib.error
 import urllib.request
@@ -185,10 +186,21 @@ def check_output_folder(path: str | Path) -> None:
         raise ConfigError(f"{folder} is a file; a folder is written there; choose another --output")
     if Path.cwd().is_relative_to(folder.resolve()):
         raise ConfigError(f"{folder} holds the current folder; it would be replaced; choose another --output")
-    ours = any((folder / name).is_file() for name in (MANIFEST, PLAN_FILE))
-    if folder.is_dir() and any(folder.iterdir()) and not ours:
+    if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
         raise ConfigError(f"{folder} holds other files; the whole folder is replaced; choose another --output")
     _check_writable(folder)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether an artifact or a checkpoint of ours lies there; other programs call their files ``manifest.json`` too."""
+    for name, schema in ((MANIFEST, "artifact/"), (PLAN_FILE, "plan/")):
+        try:
+            value = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(value, dict) and str(value.get("schema", "")).startswith(schema):
+            return True
+    return False
 
 
 def check_output_file(path: str | Path | None) -> None:

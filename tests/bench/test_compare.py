@@ -145,6 +145,14 @@ def test_two_runs_are_compared_without_pairs_and_that_is_noted() -> None:
     assert "the arms come from two runs: drift between the runs is part of the ratio" in found.notes
 
 
+def test_each_run_is_counted_by_its_own_batch_when_two_are_compared_on_purpose() -> None:
+    first = planted_result(noise=0.0)
+    second = planted_result({"candidate": 1.0}, work=replace(WORK, batch_size=4), noise=0.0)
+    found = compare_results(first, second, allow=["workload.batch_size"], resamples=500)
+    assert found.metrics["decode_throughput_tokens_per_s"].ratio == pytest.approx(4)
+    assert found.metrics["decode_latency_s_per_token"].ratio == pytest.approx(1)
+
+
 def test_results_that_differ_in_workload_or_environment_are_refused_with_the_keys() -> None:
     first = planted_result()
     longer = Workload.from_json({**WORK.to_json(), "prompt_tokens": 11, "seed": 3})

@@ -506,11 +506,14 @@ def test_a_folder_with_somebodys_files_is_never_replaced(
     (tmp_path / "home" / "thesis.txt").write_text("mine")
     materialize = ["materialize", model, run / "plan.json", "-o"]
     assert "holds other files" in refusal(capsys, *materialize, tmp_path / "home")
+    # Extensions of browsers and other tools have a file of this name too.
+    (tmp_path / "home" / "manifest.json").write_text('{"manifest_version": 3, "name": "mine"}')
+    assert "holds other files" in refusal(capsys, *materialize, tmp_path / "home")
     assert "no run.json" in refusal(capsys, "run", model, "--drop", "1", "--to", "vllm", "-o", tmp_path / "home")
     monkeypatch.chdir(tmp_path / "home")
     assert "holds the current folder" in refusal(capsys, *materialize, ".")
     assert "holds the current folder" in refusal(capsys, *materialize, "..")
-    assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.txt"]
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["manifest.json", "thesis.txt"]
 
 
 def test_an_artifact_is_replaced_by_a_new_one(

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,18 @@ def test_everything_that_is_not_a_weight_travels_along(tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(out).max_window_layers == 2
     assert PruningPlan.load(out / "sglp_plan.json").digest() == pruned.plan.digest()
     assert all(file.stat().st_mode & 0o777 == 0o644 for file in out.iterdir())
+
+
+def test_a_tokenizer_with_several_chat_templates_leaves_a_folder_that_can_be_entered(tmp_path: Path) -> None:
+    loaded = tiny.loaded("llama")
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    pruned = replace(_pruned(loaded, (0, 2)), tokenizer=tokenizer)
+    out = save_checkpoint(pruned, tmp_path / "out")
+    (folder,) = (path for path in out.iterdir() if path.is_dir())
+    assert folder.stat().st_mode & 0o111 == 0o111
+    assert all(file.stat().st_mode & 0o777 == 0o644 for file in out.rglob("*") if file.is_file())
+    assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
 
 
 def test_a_model_without_a_tokenizer_is_written_without_one(tmp_path: Path) -> None:
