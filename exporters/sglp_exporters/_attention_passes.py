@@ -14,6 +14,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from sglp_exporters._graph_edit import put_in_place
+
 _TO_THE_END = 1 << 31  # an end this far is "to the end" for any tensor; the tracer writes the greatest int64
 _SWAP_LAST = [0, 1, 3, 2]
 
@@ -97,17 +99,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, product: _Product) -> None:
     result = tape.op("MatMul", [left, right])
     if grouped:
         result = tape.op("Reshape", [result, _constant(tape, np.array([0, product.heads, -1, 0], np.int64))])
-    _put_in_place(graph, node, result, tape)
-
-
-def _put_in_place(graph: ir.Graph, old: ir.Node, new: ir.Value, tape: ir.tape.Tape) -> None:
-    output = old.outputs[0]
-    new.type, new.shape = output.type, output.shape
-    graph.insert_before(old, tape.nodes)
-    name = output.name
-    output.replace_all_uses_with(new, replace_graph_outputs=True)
-    graph.remove(old, safe=True)
-    new.name = name
+    put_in_place(graph, node, result, tape)
 
 
 def _drop_whole_slices(graph: ir.Graph) -> None:
@@ -140,7 +132,7 @@ def _swap_in_one_step(graph: ir.Graph) -> None:
             continue
         tape = ir.tape.Tape(graph)
         swapped = tape.op("Transpose", [source], attributes={"perm": _SWAP_LAST})
-        _put_in_place(graph, back, swapped, tape)
+        put_in_place(graph, back, swapped, tape)
 
 
 def _parts(shape: ir.Value | None, source: ir.Value) -> list[int | slice] | None:

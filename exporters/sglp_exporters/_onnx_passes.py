@@ -11,6 +11,7 @@ from onnx_ir.passes import common
 
 from sglp_deploy.errors import BackendError
 from sglp_exporters._attention_passes import share_key_value_heads
+from sglp_exporters._graph_edit import put_in_place
 
 
 def store_weights_transposed(model: ir.Model) -> None:
@@ -59,7 +60,7 @@ def _replace_by_transposed_initializer(graph: ir.Graph, node: ir.Node, weight: i
 
 def _matmul_to_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:
     """``MatMul(x, Wt)`` for x of shape (..., k) becomes Reshape, Gemm with transB, Reshape back."""
-    x, output = matmul.inputs[0], matmul.outputs[0]
+    x = matmul.inputs[0]
     assert x is not None
     assert weight.shape is not None
     rows, width = weight.shape.numpy()
@@ -69,12 +70,7 @@ def _matmul_to_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:
     leading = tape.op("Shape", [x], attributes={"start": 0, "end": -1})
     shape = tape.op("Concat", [leading, _constant(tape, [rows])], attributes={"axis": 0})
     shaped = tape.op("Reshape", [product, shape])
-    shaped.type, shaped.shape = output.type, output.shape
-    graph.insert_before(matmul, tape.nodes)
-    name = output.name
-    output.replace_all_uses_with(shaped, replace_graph_outputs=True)
-    graph.remove(matmul, safe=True)
-    shaped.name = name
+    put_in_place(graph, matmul, shaped, tape)
 
 
 def _constant(tape: ir.tape.Tape, values: list[int]) -> ir.Value:

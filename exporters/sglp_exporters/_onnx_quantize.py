@@ -19,6 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from sglp_deploy.errors import BackendError
+from sglp_exporters._graph_edit import put_in_place
 
 DOMAIN = "com.microsoft"
 _TABLE_BITS = 8
@@ -127,7 +128,7 @@ def _multiply(graph: ir.Graph, node: ir.Node, weight: _Blocks, block_size: int) 
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         product.type = output.type
         product = tape.op("Add", [product, node.inputs[2]])
-    _replace(graph, node, tape, product)
+    put_in_place(graph, node, product, tape)
 
 
 def _look_up(graph: ir.Graph, node: ir.Node, table: _Blocks, block_size: int) -> None:
@@ -142,17 +143,7 @@ def _look_up(graph: ir.Graph, node: ir.Node, table: _Blocks, block_size: int) ->
         attributes={"gather_axis": 0, "quantize_axis": 1, "block_size": block_size, "bits": table.bits},
         domain=DOMAIN,
     )
-    _replace(graph, node, tape, found)
-
-
-def _replace(graph: ir.Graph, node: ir.Node, tape: ir.tape.Tape, new: ir.Value) -> None:
-    output = node.outputs[0]
-    new.type, new.shape = output.type, output.shape
-    graph.insert_before(node, tape.nodes)
-    name = output.name
-    output.replace_all_uses_with(new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    new.name = name
+    put_in_place(graph, node, found, tape)
 
 
 def _quantised(graph: ir.Graph, weight: ir.Value, turned: bool, bits: int, block_size: int, symmetric: bool) -> _Blocks:
