@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 
 def put_in_place(graph: ir.Graph, old: ir.Node, new: ir.Value, tape: ir.tape.Tape) -> None:
-    """Let ``new``, which ``tape`` computes, take the place of the only output of ``old``: name, type, shape, readers."""
+    """Let ``new``, which ``tape`` computes, take the place of the only output of ``old``: name, type, shape, users."""
     output = old.outputs[0]
     new.type, new.shape = output.type, output.shape
     graph.insert_before(old, tape.nodes)
