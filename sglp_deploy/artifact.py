@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -155,10 +156,23 @@ class ExportArtifact:
         return artifact
 
 
+@contextmanager
+def staged_artifact(out_dir: str | Path) -> Iterator[Path]:
+    """A folder to fill with an artifact; it takes the name ``out_dir`` when the block ends without an error.
+
+    An older folder of that name stays until then.  On a failure or an interrupt nothing half-made is left.
+
+    Raises:
+        StorageError: If the operating system refuses a write, a full disk included.
+    """
+    with _io.staged_directory(Path(out_dir)) as folder:
+        yield folder
+
+
 def write_manifest(folder: Path, **facts: Any) -> ExportArtifact:
     """Digest every file in ``folder`` and write its manifest; ``facts`` are the other fields of ``ExportArtifact``.
 
-    Call it inside :func:`sglp_deploy._io.staged_directory`, as the last step before the folder gets its final name.
+    Call it inside :func:`staged_artifact`, as the last step before the folder gets its final name.
     """
     files = {
         file.relative_to(folder).as_posix(): FileRecord(_io.sha256_file(file), file.stat().st_size)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sglp_deploy import _io
-from sglp_deploy.errors import ArtifactError, ParityError
+from sglp_deploy.errors import ArtifactError, ConfigError, ParityError
 
 SCHEMA = "parity/1"  # history: 1 = first
 
@@ -45,7 +45,7 @@ class Thresholds:
 
 
 def thresholds_for(precision: str) -> Thresholds:
-    """Bounds for "float32", "float16", "int8", "int4" or "bfloat16" weights; anything else is judged as bfloat16.
+    """Bounds for weights of "fp32", "fp16", "bf16", "int8" or "int4"; torch's names of the first three do as well.
 
     The near-tie margins (0.01, 0.1, 0.5) are those of ONNX Runtime mobius' parity ladder.  The float32 bounds lie
     about 7 times above the most that ONNX Runtime was seen to differ by, because another processor rounds otherwise.
@@ -91,6 +91,9 @@ def thresholds_for(precision: str) -> Thresholds:
 
     Those of bfloat16 are not calibrated on real runs yet; those of float16 only on weights rounded to it and computed
     with in float32 (OpenVINO, SmolLM2-135M: KL p99 1.5e-5, logits 0.04).
+
+    Raises:
+        ConfigError: If no bounds are known for ``precision``.
     """
     if precision in ("float32", "fp32"):
         return Thresholds(0.01, 1.0, kl_p99=1e-8, kl_max=1e-7, max_abs=3e-3, noise_factor=10.0, cosine_min=0.99999)
@@ -100,7 +103,9 @@ def thresholds_for(precision: str) -> Thresholds:
         return Thresholds(0.5, 0.97, kl_p99=0.15, kl_max=1.0, max_abs=15.0, noise_factor=3.0, cosine_min=0.8)
     if precision == "int4":
         return Thresholds(0.5, 0.6, kl_p99=3.0, kl_max=5.0, max_abs=25.0, noise_factor=3.0, cosine_min=-1.0)
-    return Thresholds(0.5, 0.995, kl_p99=1e-2, kl_max=1e-1, max_abs=4.0, noise_factor=3.0, cosine_min=0.99)
+    if precision in ("bfloat16", "bf16"):
+        return Thresholds(0.5, 0.995, kl_p99=1e-2, kl_max=1e-1, max_abs=4.0, noise_factor=3.0, cosine_min=0.99)
+    raise _no_bounds(precision, "fp32, fp16, bf16, int8 and int4")
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class ForwardThresholds:
 
 
 def forward_thresholds_for(precision: str) -> ForwardThresholds:
-    """Bounds for "float32", "float16" or "bfloat16" weights; anything else is judged as bfloat16.
+    """Bounds for weights of "fp32", "fp16" or "bf16"; torch's names of them do as well.
 
     Calibrated on the tiny random models of every family in the test suite.  The float32 bounds lie about 5 times above
     the most that was seen of noise, because real models are deeper and other processors round otherwise.  Damage
@@ -149,6 +154,9 @@ def forward_thresholds_for(precision: str) -> ForwardThresholds:
     ===================================================  =======================
 
     Those of float16 and bfloat16 are not calibrated on real runs yet.
+
+    Raises:
+        ConfigError: If no bounds are known for ``precision``.
     """
     if precision in ("float32", "fp32"):
         return ForwardThresholds(
@@ -158,7 +166,18 @@ def forward_thresholds_for(precision: str) -> ForwardThresholds:
         return ForwardThresholds(
             0.1, 0.995, kl_p99=1e-3, kl_max=1e-2, max_relative=0.1, noise_factor=3.0, cosine_min=0.999
         )
-    return ForwardThresholds(0.5, 0.995, kl_p99=1e-2, kl_max=1e-1, max_relative=0.5, noise_factor=3.0, cosine_min=0.99)
+    if precision in ("bfloat16", "bf16"):
+        return ForwardThresholds(
+            0.5, 0.995, kl_p99=1e-2, kl_max=1e-1, max_relative=0.5, noise_factor=3.0, cosine_min=0.99
+        )
+    raise _no_bounds(precision, "fp32, fp16 and bf16")
+
+
+def _no_bounds(precision: str, known: str) -> ConfigError:
+    return ConfigError(
+        f"no bounds are known by which to certify weights of {precision!r}; they are known for {known}; export it in "
+        "one of these, or pass thresholds of your own to check_parity"
+    )
 
 
 def limits(bounds: Thresholds | ForwardThresholds, noise_floor: Mapping[str, float]) -> dict[str, float]:
@@ -355,7 +374,7 @@ class ParityReport:
         if not self.passed:
             first = self.reasons[0] if self.reasons else "no case passed"
             raise ParityError(
-                f"the {self.format} artifact does not match its torch model; {first}; do not deploy it, export it "
+                f"the {self.format} artifact does not match its reference; {first}; do not deploy it, export it "
                 "again and keep parity.json for a bug report",
                 self,
             )

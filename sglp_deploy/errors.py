@@ -23,10 +23,7 @@ A message says what is wrong, why, and what to do next, in one line: ``what; why
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sglp_deploy.parity import ParityReport
+from typing import Any
 
 
 class SGLPError(Exception):
@@ -74,9 +71,10 @@ class ArtifactError(SGLPError):
 
 
 class ParityError(SGLPError):
-    """An artifact does not compute what the pruned torch model computes; ``report`` says where."""
+    """An artifact does not compute what it was meant to; ``report`` (a ``ParityReport``) says where."""
 
-    def __init__(self, message: str, report: ParityReport) -> None:
+    # Any: the class of the report lies above this module, and an import of it, even for typing alone, closes a circle.
+    def __init__(self, message: str, report: Any) -> None:
         super().__init__(message)
         self.report = report
 

@@ -1,8 +1,9 @@
-"""Does the artifact compute what the pruned torch model computes?  A certificate with numbers, not a warning.
+"""Does the artifact of a decoder compute what it was meant to compute?  A certificate with numbers, not a warning.
 
-The artifact is compared with the pruned model and never with the unpruned one: what pruning cost is another question
-(:mod:`sglp_deploy.evaluate`).  Both get the same tokens through prefill and through a filled cache, one row and a
-padded batch.  Two things keep the verdict honest: the noise floor of the reference itself (the same rows in another
+The reference is the unpruned model whose removed layers are passed over (:mod:`sglp_deploy.verification`), so the
+question is whether materializing and exporting went right.  What pruning cost is another question
+(:mod:`sglp_deploy.evaluate`).  Both sides get the same tokens through prefill and through a filled cache, one row and
+a padded batch.  Two things keep the verdict honest: the noise floor of the reference itself (the same rows in another
 batch shape), and the reference's own margin, because a flip between two tokens it can hardly tell apart is no fault.
 """
 
@@ -119,7 +120,7 @@ def check_parity(
     Args:
         artifact: What ``runner`` executes; its digest goes on the certificate.
         runner: An entered runner of the artifact.
-        reference: An entered runner of the pruned torch model.
+        reference: An entered runner of what it is judged by: the unpruned model, its removed layers passed over.
         cases: From :func:`prompt_cases`.
         decode_steps: Steps with the cache.
         thresholds: Bounds; by the artifact's precision when omitted.

@@ -1,8 +1,8 @@
 """Parity of artifacts that run forward only: encoders, vision, speech, encoder-decoders, decoders without a KV cache.
 
-Same rules as for decoders (:mod:`sglp_deploy.parity`): compared with PyTorch and nothing else, over the noise floor of
-that reference, and a failing comparison is a result.  The cases differ from what was traced in every size that may
-vary, because a size that was burnt into a graph shows at any other one.
+Same rules as for decoders (:mod:`sglp_deploy.parity`): the reference is the unpruned model in PyTorch, its removed layers
+passed over; its own noise floor counts, and a failing comparison is a result.  The cases differ from what was traced in
+every size that may vary, because a size that was burnt into a graph shows at any other one.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def forward_cases(module: nn.Module, *, window: int | None = None) -> tuple[Forw
     Text is as long as the model's table of positions allows.  Images have the model's own size.
 
     Args:
-        module: The torch model the artifact was made from.
+        module: The unpruned model.
         window: Attention window in tokens; adds rows 64 tokens longer, because a wrong local layer shows only there.
 
     Raises:
@@ -107,7 +107,8 @@ def check_forward_parity(
     Args:
         artifact: What ``runner`` executes; its digest goes on the certificate.
         runner: An entered runner of the artifact.
-        reference: An entered runner of the pruned torch model, which returns exactly one output.
+        reference: An entered runner of what it is judged by: the unpruned model, its removed layers passed over.  It
+            returns exactly one output.
         cases: From :func:`forward_cases`.
         thresholds: Bounds; by the artifact's precision when omitted.
         runner_name: What executed the artifact, for the certificate.

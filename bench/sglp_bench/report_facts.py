@@ -291,9 +291,9 @@ def cards(report: Mapping[str, Any]) -> list[Json]:
     names = [str(item.get("name")) for item in report["parity"]]
     failed = [str(item.get("name")) for item in report["parity"] if item.get("passed") is not True]
     if failed:
-        add("parity", "Parity", "failed", f"{fmt.words(failed)}: not what the pruned torch model computes", "bad")
+        add("parity", "Parity", "failed", f"{fmt.words(failed)}: not what its reference computes", "bad")
     elif names:
-        add("parity", "Parity", "passed", f"{fmt.words(names)}: computes what the pruned torch model computes", "good")
+        add("parity", "Parity", "passed", f"{fmt.words(names)}: computes what its reference computes", "good")
     else:
         add("parity", "Parity", "not measured", "no speed may be claimed without it", "absent")
     return made
@@ -335,7 +335,7 @@ def missing(report: Mapping[str, Any]) -> list[str]:
         (plan, "plan: not given, so nothing is said about which layers were removed"),
         (plan.get("similarity") or not plan, "similarity: the plan was saved without its matrix"),
         (report["artifacts"], "artifacts: nothing was exported"),
-        (report["parity"], "parity: no artifact was checked against the pruned torch model"),
+        (report["parity"], "parity: no artifact was checked against its reference"),
         (measured, "speed: no artifact was compared with its unpruned baseline"),
         (any(item["memory"] for item in measured), "memory: no memory pass was made"),
         (any(item["samples"] for item in measured), "raw samples: no result file was given"),

@@ -119,10 +119,11 @@ def _layer_table(n_layers: int, removed: set[int], segments: list[list[int]], sc
 def parity_section(report: Mapping[str, Any]) -> str:
     """One panel per certificate: verdict, cases, thresholds, noise floor."""
     if not report["parity"]:
-        return absent("no artifact was checked against the pruned torch model, so no speed may be claimed")
+        return absent("no artifact was checked against its reference, so no speed may be claimed")
     lead = (
-        "The artifact and the pruned torch model get the same inputs; their logits are compared position by position. "
-        "This asks whether the export broke the model, and nothing about what pruning cost."
+        "Each artifact and its reference get the same inputs; their outputs are compared position by position. "
+        "The reference is the unpruned model in PyTorch with the removed layers passed over. So this asks whether "
+        "pruning and export were carried out right; what they cost in quality is asked below."
     )
     return f'<p class="lead">{lead}</p>' + "".join(_certificate(item) for item in report["parity"])
 

@@ -12,10 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from sglp_deploy._io import staged_directory
 from sglp_deploy.adapters import precision, quiet_libraries
 from sglp_deploy.adapters.samples import generates
-from sglp_deploy.artifact import PLAN_FILE, ExportArtifact, TensorSpec, producer_versions, write_manifest
+from sglp_deploy.artifact import (
+    PLAN_FILE,
+    ExportArtifact,
+    TensorSpec,
+    producer_versions,
+    staged_artifact,
+    write_manifest,
+)
 from sglp_deploy.cache_layout import key_value_sizes
 from sglp_deploy.errors import BackendError, ConfigError, UnsupportedModelError
 from sglp_deploy.materialize import CompressedModel
@@ -43,7 +49,7 @@ class TorchExportExporter:
         past, present = cache_specs(module, "past_key_values", "past"), cache_specs(module, "present", "all")
         words = module.config.get_text_config().vocab_size
         program = trace(module, past)
-        with staged_directory(Path(out_dir)) as folder:
+        with staged_artifact(out_dir) as folder:
             torch.export.save(program, folder / FILE)
             model.plan.save(folder / PLAN_FILE)
             write_manifest(

@@ -164,7 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--baseline", action="store_true", help="keep every layer")
     export.add_argument("-o", "--output", required=True, help="folder to write")
 
-    verify = verb("verify", "certify that an artifact computes what its torch model computes (exit 3 when not)")
+    verify = verb("verify", "certify that an artifact computes what the pruned model should (exit 3 when not)")
     verify.add_argument("artifact", help="artifact folder")
     verify.add_argument("--model", help="the unpruned model, when it has moved since the export")
     verify.add_argument("--text", help="text for the prompts (default: built-in prose)")

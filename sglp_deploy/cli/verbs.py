@@ -71,7 +71,7 @@ def run_export(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def run_verify(arguments: argparse.Namespace, console: Console) -> int:
-    """``verify``: compare an artifact with its torch model; exit 3 when they differ."""
+    """``verify``: compare an artifact with its reference; exit 3 when they differ."""
     from sglp_deploy.artifact import ExportArtifact
     from sglp_deploy.cli import session
     from sglp_deploy.cli.show import describe

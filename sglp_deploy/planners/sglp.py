@@ -52,6 +52,7 @@ def _segment_and_drop(
     budget: Budget,
     options: PlannerOptions,
 ) -> tuple[Segmentation, tuple[int, ...]]:
+    """The segments, and the layers that go by them; a K that is not given is lowered until the budget fits."""
 
     def drops(segments: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
         return resolve_drops(scores.values, segments, stats, budget, options.quota, options.groups)
@@ -67,9 +68,7 @@ def _segment_and_drop(
     while True:
         segmentation = fisher_segmentation(similarity, n_segments, kind=options.profile)
         try:
-            return segmentation, resolve_drops(
-                scores.values, segmentation.segments, stats, budget, options.quota, options.groups
-            )
+            return segmentation, drops(segmentation.segments)
         except PlanError:
             if n_segments == 1:
                 raise

@@ -292,7 +292,7 @@ def test_verify_fails_an_artifact_whose_weights_were_changed_afterwards(
     model.save_pretrained(damaged.path)
     report = compressor.verify(damaged)
     assert not report.passed
-    with pytest.raises(ParityError, match="the torch artifact does not match its torch model; prompt 1: KL p99 is "):
+    with pytest.raises(ParityError, match="the torch artifact does not match its reference; prompt 1: KL p99 is "):
         report.require()
 
 

@@ -19,7 +19,7 @@ import tiny
 from sglp_deploy import CalibrationSet, Compressor
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.certificate import judge_case, limits
-from sglp_deploy.errors import ArtifactError, BackendError, CalibrationError, ParityError
+from sglp_deploy.errors import ArtifactError, BackendError, CalibrationError, ConfigError, ParityError
 from sglp_deploy.materialize import materialize
 from sglp_deploy.parity import ParityReport, PromptCase, Thresholds, check_parity, prompt_cases, thresholds_for
 from sglp_deploy.reference import TorchRunner
@@ -680,7 +680,11 @@ def test_prompt_cases_repeat_a_short_text_and_refuse_an_empty_one() -> None:
 def test_thresholds_follow_the_element_type_and_the_unknown_is_judged_as_bfloat16() -> None:
     assert thresholds_for("fp32") == thresholds_for("float32")
     assert thresholds_for("fp16") == thresholds_for("float16")
-    assert thresholds_for("fp8") == thresholds_for("bfloat16")
+    assert thresholds_for("bf16") == thresholds_for("bfloat16")
+    with pytest.raises(
+        ConfigError, match="no bounds are known by which to certify weights of 'fp8'; they are known for"
+    ):
+        thresholds_for("fp8")
     margins = [thresholds_for(name).margin for name in ("float32", "float16", "bfloat16")]
     assert margins == [0.01, 0.1, 0.5]
 
@@ -783,10 +787,10 @@ def test_require_raises_with_the_first_reason_and_the_report(good: ParityReport,
         bad.require()
     assert caught.value.report is bad
     assert str(caught.value) == (
-        f"the planted artifact does not match its torch model; {bad.reasons[0]}; do not deploy it, export it again and "
+        f"the planted artifact does not match its reference; {bad.reasons[0]}; do not deploy it, export it again and "
         "keep parity.json for a bug report"
     )
-    with pytest.raises(ParityError, match="does not match its torch model; no case passed; do not deploy it"):
+    with pytest.raises(ParityError, match="does not match its reference; no case passed; do not deploy it"):
         replace(good, cases=()).require()
 
 

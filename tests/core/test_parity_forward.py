@@ -17,7 +17,7 @@ from torch import nn
 import zoo
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.certificate import ParityReport, forward_thresholds_for, thresholds_for
-from sglp_deploy.errors import BackendError
+from sglp_deploy.errors import BackendError, ConfigError
 from sglp_deploy.parity_forward import ForwardCase, check_forward_parity, forward_cases
 from sglp_deploy.protocols import Runner
 from sglp_deploy.reference import TorchRunner, main_output
@@ -272,6 +272,13 @@ def test_forward_bounds_are_never_looser_than_those_of_decoders_where_both_measu
         )
         assert mine.kl_p99 <= theirs.kl_p99
         assert mine.kl_max <= theirs.kl_max
+
+
+def test_bounds_for_a_precision_nobody_calibrated_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"certify weights of 'int8'; they are known for fp32, fp16 and bf16; export it"
+    ):
+        forward_thresholds_for("int8")
 
 
 def test_a_model_whose_output_is_not_known_is_refused() -> None:
