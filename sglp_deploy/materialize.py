@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from sglp_deploy import _io
-from sglp_deploy.adapters import FAMILIES, LayerStack, ModelSource, adapter_for, layer_stack, quiet_libraries
-from sglp_deploy.adapters.proof import check_rebuild, prove
-from sglp_deploy.adapters.settings import check_settings
 from sglp_deploy.artifact import PLAN_FILE
 from sglp_deploy.errors import ArtifactError
+from sglp_deploy.models import FAMILIES, LayerStack, ModelSource, adapter_for, layer_stack, quiet_libraries
+from sglp_deploy.models.proof import check_rebuild, prove
+from sglp_deploy.models.settings import check_settings
 from sglp_deploy.plan import PruningPlan
 
 if TYPE_CHECKING:

@@ -18,7 +18,9 @@ import numpy as np
 
 from sglp_deploy import _io
 from sglp_deploy._names import unknown_name
-from sglp_deploy.budget import (
+from sglp_deploy.errors import ArtifactError, ConfigError, PlanError
+from sglp_deploy.evidence.statistics import LayerStats
+from sglp_deploy.planners.budget import (
     Budget,
     check_segments,
     kept,
@@ -26,8 +28,6 @@ from sglp_deploy.budget import (
     select_drops_for_parameters,
     select_groups,
 )
-from sglp_deploy.errors import ArtifactError, ConfigError, PlanError
-from sglp_deploy.statistics import LayerStats
 
 __all__ = [
     "Budget",
@@ -278,7 +278,7 @@ def make_plan(
         profile: "row_sum" or "rows" of the similarity matrix.
         estimator: CKA estimator: "unbiased", "biased" or "mean_of_ratios".
         quota: "global" or "proportional".
-        groups: Layers that can only go together (see :func:`sglp_deploy.patterns.pattern_groups`), or empty.
+        groups: Layers that can only go together (see :func:`sglp_deploy.models.patterns.pattern_groups`), or empty.
         model: ``{"id", "fingerprint", "config_digest", "gguf_file"}`` of the model.
         calibration: Facts of the calibration set, its ``digest`` above all; counts come from ``stats``.
         seed: Recorded, and given to planners that draw.
@@ -395,7 +395,7 @@ def resolve_drops(
 ) -> tuple[int, ...]:
     """Layers to remove for any kind of budget, in the order they go (see :func:`select_drops`).
 
-    With ``groups`` whole groups go (see :func:`sglp_deploy.budget.select_groups`), and ``quota`` has no say.
+    With ``groups`` whole groups go (see :func:`sglp_deploy.planners.budget.select_groups`), and ``quota`` has no say.
 
     Raises:
         PlanError: If the segments and the unprunable layers do not allow the budget.

@@ -96,11 +96,12 @@ class Exporter(Protocol):
 
     An exporter says whether its runtime reads ``layer_types`` by ``layer_type_formula(model_type: str)``: None when it
     does, else a function from a layer's number to the type the runtime takes it for.  One without this method is
-    refused for a plan that breaks a pattern of layer types (:func:`sglp_deploy.patterns.check_layer_types`).
+    refused for a plan that breaks a pattern of layer types (:func:`sglp_deploy.models.patterns.check_layer_types`).
 
     Two more methods make certificates say more.  ``stored_weights(artifact)`` lists what lies in the files
-    (:class:`sglp_deploy.diagnosis.StoredTensor`): types are then checked against the manifest, and a failed certificate
-    names the tensor.  ``difference(artifact, model) -> str | None`` compares the files with the pruned model itself.
+    (:class:`sglp_deploy.parity.diagnosis.StoredTensor`): types are then checked against the manifest, and a failed
+    certificate names the tensor.  ``difference(artifact, model) -> str | None`` compares the files with the pruned
+    model itself.
     """
 
     name: str

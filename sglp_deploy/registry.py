@@ -18,16 +18,16 @@ from sglp_deploy.protocols import Exporter
 GROUP = "sglp_deploy.exporters"
 
 _BUILTIN = {
-    "executorch": "sglp_exporters.executorch:ExecuTorchExporter",
-    "gguf": "sglp_exporters.gguf:GgufExporter",
-    "onnx": "sglp_exporters.onnx:OnnxExporter",
-    "openvino": "sglp_exporters.openvino:OpenVinoExporter",
-    "optimum": "sglp_exporters.optimum:OptimumExporter",
-    "ort-genai": "sglp_exporters.ort_genai:OrtGenaiExporter",
-    "tensorrt": "sglp_exporters.tensorrt:TensorRTExporter",
-    "tensorrt-kit": "sglp_exporters.tensorrt:TensorRTKitExporter",
-    "torch": "sglp_exporters.checkpoint:TorchExporter",
-    "vllm": "sglp_exporters.vllm:VllmExporter",
+    "executorch": "sglp_exporters.executorch.exporter:ExecuTorchExporter",
+    "gguf": "sglp_exporters.gguf.exporter:GgufExporter",
+    "onnx": "sglp_exporters.onnx.exporter:OnnxExporter",
+    "openvino": "sglp_exporters.openvino.exporter:OpenVinoExporter",
+    "optimum": "sglp_exporters.optimum.exporter:OptimumExporter",
+    "ort-genai": "sglp_exporters.genai.exporter:OrtGenaiExporter",
+    "tensorrt": "sglp_exporters.tensorrt.exporter:TensorRTExporter",
+    "tensorrt-kit": "sglp_exporters.tensorrt.exporter:TensorRTKitExporter",
+    "torch": "sglp_exporters.checkpoint.exporter:TorchExporter",
+    "vllm": "sglp_exporters.vllm.exporter:VllmExporter",
 }
 
 

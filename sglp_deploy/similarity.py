@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sglp_deploy._names import unknown_name
 from sglp_deploy.errors import ArtifactError, CalibrationError, ConfigError
-from sglp_deploy.statistics import LayerStats
+from sglp_deploy.evidence.statistics import LayerStats
 
 SCHEMA: Final = "similarity/1"  # history: 1 = first
 

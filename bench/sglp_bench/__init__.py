@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 _HOME = {
     "BenchmarkResult": "sglp_bench.result",
-    "Comparison": "sglp_bench.comparison",
-    "RunReport": "sglp_bench.report",
-    "Workload": "sglp_bench.workload",
-    "benchmark_pair": "sglp_bench.harness",
-    "compare_results": "sglp_bench.compare",
-    "run_arms": "sglp_bench.harness",
+    "Comparison": "sglp_bench.judge.comparison",
+    "RunReport": "sglp_bench.report.run_report",
+    "Workload": "sglp_bench.workloads.generate",
+    "benchmark_pair": "sglp_bench.measure.harness",
+    "compare_results": "sglp_bench.judge.compare",
+    "run_arms": "sglp_bench.measure.harness",
 }
 
 __all__ = [
@@ -29,12 +29,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from sglp_bench.compare import compare_results
-    from sglp_bench.comparison import Comparison
-    from sglp_bench.harness import benchmark_pair, run_arms
-    from sglp_bench.report import RunReport
+    from sglp_bench.judge.compare import compare_results
+    from sglp_bench.judge.comparison import Comparison
+    from sglp_bench.measure.harness import benchmark_pair, run_arms
+    from sglp_bench.report.run_report import RunReport
     from sglp_bench.result import BenchmarkResult
-    from sglp_bench.workload import Workload
+    from sglp_bench.workloads.generate import Workload
 
 
 def __getattr__(name: str) -> Any:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sglp_bench.certificates import Certification
-from sglp_bench.memory import MemoryReading
-from sglp_bench.timing import BlockSamples
-from sglp_bench.workload import Workload
+from sglp_bench.judge.certificates import Certification
+from sglp_bench.measure.memory import MemoryReading
+from sglp_bench.measure.timing import BlockSamples
+from sglp_bench.workloads.generate import Workload
 from sglp_deploy import _io
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, BenchmarkError
@@ -32,7 +32,7 @@ class Block:
         half: 0 or 1; blocks of the same cycle and half are paired.
         load_s: Time to open the artifact; not part of any metric.
         samples: Raw times.
-        conditions: ``{"start", "end"}``, see :func:`sglp_bench.environment.block_conditions`.
+        conditions: ``{"start", "end"}``, see :func:`sglp_bench.devices.environment.block_conditions`.
     """
 
     index: int
@@ -80,7 +80,7 @@ class ArmResult:
     Attributes:
         artifact: ``digest``, ``format``, ``precision``, ``n_layers``, ``weight_bytes``, ``artifact_bytes``,
             ``plan_digest`` and ``model_id`` of the artifact, and ``certificate``
-            (:class:`sglp_bench.certificates.Certification`; results of before there was one lack it).
+            (:class:`sglp_bench.judge.certificates.Certification`; results of before there was one lack it).
         blocks: In the order they ran.
         memory: Rung to reading: ``host_idle``, ``host_peak`` and, on a graphics card, the device rungs.
     """
@@ -117,7 +117,7 @@ class BenchmarkResult:
         control: Label of the second instance of the baseline (the A/A control), or None.
         arms: Label to measurements.
         vocab_size: Range of the token ids.
-        environment: See :func:`sglp_bench.environment.collect_environment`.
+        environment: See :func:`sglp_bench.devices.environment.collect_environment`.
 
     Raises:
         BenchmarkError: If a time is not finite or not above zero, a block has the wrong number of samples, or a label

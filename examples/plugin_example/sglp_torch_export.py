@@ -12,8 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from sglp_deploy.adapters import precision, quiet_libraries
-from sglp_deploy.adapters.samples import generates
 from sglp_deploy.artifact import (
     PLAN_FILE,
     ExportArtifact,
@@ -22,9 +20,11 @@ from sglp_deploy.artifact import (
     staged_artifact,
     write_manifest,
 )
-from sglp_deploy.cache_layout import key_value_sizes
 from sglp_deploy.errors import BackendError, ConfigError, UnsupportedModelError
 from sglp_deploy.materialize import CompressedModel
+from sglp_deploy.models import precision, quiet_libraries
+from sglp_deploy.models.samples import generates
+from sglp_deploy.parity.cache import key_value_sizes
 from sglp_deploy.protocols import check_open_options
 
 FILE = "model.pt2"

@@ -1,1 +1,1 @@
-"""Built-in exporters, one format per module; none imports another."""
+"""Built-in exporters, one format per folder; none imports another but ``onnx`` and what ``runners`` holds for all."""

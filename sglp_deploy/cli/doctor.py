@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 
-from sglp_deploy import environments, registry
-from sglp_deploy.environments import ENVIRONMENTS
+from sglp_deploy import registry
+from sglp_deploy.isolation import environments
+from sglp_deploy.isolation.environments import ENVIRONMENTS
 
 _GIB = 1 << 30
 

@@ -18,20 +18,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglp_bench.ceiling import decode_ceiling, prefill_ceiling
-from sglp_bench.compare import compare_results
-from sglp_bench.comparison import Comparison
-from sglp_bench.environment import COMPARABLE_KEYS, collect_environment
-from sglp_bench.harness import run_arms
-from sglp_bench.report import RunReport
+from sglp_bench.devices.environment import COMPARABLE_KEYS, collect_environment
+from sglp_bench.judge.ceiling import decode_ceiling, prefill_ceiling
+from sglp_bench.judge.compare import compare_results
+from sglp_bench.judge.comparison import Comparison
+from sglp_bench.measure.harness import run_arms
+from sglp_bench.report.run_report import RunReport
 from sglp_bench.result import BenchmarkResult
-from sglp_bench.workload import Workload
-from sglp_deploy import __version__, _io, environments, registry
+from sglp_bench.workloads.generate import Workload
+from sglp_deploy import __version__, _io, registry
 from sglp_deploy.artifact import ExportArtifact, producer_versions
-from sglp_deploy.certificate import ParityReport
 from sglp_deploy.cli import ledger, session
+from sglp_deploy.cli.config import Export, RunConfig
 from sglp_deploy.cli.console import Console, table
-from sglp_deploy.config import Export, RunConfig
 from sglp_deploy.errors import (
     ArtifactError,
     ConfigError,
@@ -40,6 +39,8 @@ from sglp_deploy.errors import (
     SGLPError,
     UnsupportedModelError,
 )
+from sglp_deploy.isolation import environments
+from sglp_deploy.parity.certificate import ParityReport
 from sglp_deploy.plan import PLANNER_GROUP, PruningPlan
 
 if TYPE_CHECKING:

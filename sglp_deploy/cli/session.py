@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from sglp_deploy._names import may_be_hub_id
 from sglp_deploy.artifact import MANIFEST, PLAN_FILE, ExportArtifact
-from sglp_deploy.calibration import BUILTIN, CalibrationSet
+from sglp_deploy.cli.config import DTYPES, RunConfig
 from sglp_deploy.cli.console import Console
-from sglp_deploy.config import DTYPES, RunConfig
 from sglp_deploy.errors import ConfigError, StorageError
+from sglp_deploy.evidence.text import BUILTIN, CalibrationSet
 from sglp_deploy.plan import PruningPlan
 
 if TYPE_CHECKING:

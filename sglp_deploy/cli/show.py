@@ -163,7 +163,7 @@ def _comparison(value: Json) -> str:
 
 
 def _result(value: Json) -> str:
-    from sglp_bench.certificates import unverified_note
+    from sglp_bench.judge.certificates import unverified_note
 
     rows, notes = [], []
     for label, arm in value["arms"].items():

@@ -8,13 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglp_deploy.cli.config import RunConfig
 from sglp_deploy.cli.console import Console, table
-from sglp_deploy.config import RunConfig
 from sglp_deploy.errors import ArtifactError, StorageError
 
 if TYPE_CHECKING:
     from sglp_deploy.artifact import ExportArtifact
-    from sglp_deploy.certificate import ParityReport
+    from sglp_deploy.parity.certificate import ParityReport
 
 EXIT_PARITY = 3
 
@@ -90,7 +90,7 @@ def run_verify(arguments: argparse.Namespace, console: Console) -> int:
 
 def _keep_certificate(report: ParityReport, artifact: ExportArtifact, console: Console, *, written: str | None) -> None:
     """Leave the certificate in the artifact's folder, where ``bench`` looks for it."""
-    from sglp_bench.certificates import CERTIFICATE
+    from sglp_bench.judge.certificates import CERTIFICATE
 
     try:
         report.save(artifact.path / CERTIFICATE)
@@ -101,12 +101,12 @@ def _keep_certificate(report: ParityReport, artifact: ExportArtifact, console: C
 
 def run_bench(arguments: argparse.Namespace, console: Console) -> int:
     """``bench``: time an artifact, paired against another one when it is given; certified ones only."""
-    from sglp_bench.harness import benchmark_pair, run_arms
-    from sglp_bench.workload import Workload
+    from sglp_bench.measure.harness import benchmark_pair, run_arms
+    from sglp_bench.workloads.generate import Workload
     from sglp_deploy.artifact import ExportArtifact
-    from sglp_deploy.certificate import ParityReport
     from sglp_deploy.cli import session
     from sglp_deploy.cli.show import describe
+    from sglp_deploy.parity.certificate import ParityReport
 
     session.check_output_file(Path(arguments.output) / "result.json")
     workload = Workload.named(arguments.workload, device=arguments.device, threads=arguments.threads)
@@ -141,7 +141,7 @@ def run_bench(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _say_unverified(console: Console, arms: Mapping[str, Mapping[str, Any]]) -> None:
-    from sglp_bench.certificates import unverified_note
+    from sglp_bench.judge.certificates import unverified_note
 
     for label, artifact in arms.items():
         if note := unverified_note(label, artifact):
@@ -157,7 +157,7 @@ def run_evaluate(arguments: argparse.Namespace, console: Console) -> int:
     session.settle_connection(console, arguments.model, arguments.text)
     text = session.held_out_set(arguments.text, max_tokens=arguments.tokens, sequence_length=arguments.chunk)
     compressor = session.plain_compressor(arguments, console)
-    from sglp_deploy.evaluate import perplexity
+    from sglp_deploy.tasks.language import perplexity
 
     batches = text.encode(compressor.tokenizer)
     found = perplexity(
@@ -184,7 +184,7 @@ def run_evaluate(arguments: argparse.Namespace, console: Console) -> int:
 
 def run_report(arguments: argparse.Namespace, console: Console) -> int:
     """``report``: render what a run folder holds."""
-    from sglp_bench.report import RunReport
+    from sglp_bench.report.run_report import RunReport
 
     folder = Path(arguments.folder)
     if folder.is_dir() and not any((folder / name).is_file() for name in ("run.json", "plan.json")):
@@ -247,7 +247,7 @@ def run_plugins(arguments: argparse.Namespace, console: Console) -> int:
 
 def run_env(arguments: argparse.Namespace, console: Console) -> int:
     """``env``: the isolated environments."""
-    from sglp_deploy import environments
+    from sglp_deploy.isolation import environments
 
     if arguments.action == "list":
         lines = [

@@ -5,11 +5,11 @@ from __future__ import annotations
 from time import perf_counter
 
 from sglp_deploy.errors import PlanError
+from sglp_deploy.evidence.statistics import LayerStats
 from sglp_deploy.importance import ImportanceScores, score
 from sglp_deploy.plan import Budget, LayerDecision, PlannerOptions, resolve_drops
 from sglp_deploy.segmentation import Segmentation, choose_n_segments, fisher_segmentation, loss_curve
 from sglp_deploy.similarity import SimilarityMatrix
-from sglp_deploy.statistics import LayerStats
 
 
 def plan_layers(stats: LayerStats, budget: Budget, options: PlannerOptions) -> LayerDecision:

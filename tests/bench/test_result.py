@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from bench_results import WORK, planted_result
+from sglp_bench.measure.timing import BlockSamples, WarmUp
 from sglp_bench.result import TIME_METRICS, BenchmarkResult
-from sglp_bench.timing import BlockSamples, WarmUp
-from sglp_bench.workload import Workload
+from sglp_bench.workloads.generate import Workload
 from sglp_deploy.errors import ArtifactError, BenchmarkError
 
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BartConfig
 
 import tiny
 from sglp_deploy import Compressor
-from sglp_deploy.adapters import LoadedModel, quiet_libraries, source_of
 from sglp_deploy.cli.main import main
 from sglp_deploy.errors import PlanError, UnsupportedModelError
+from sglp_deploy.models import LoadedModel, quiet_libraries, source_of
 from sglp_deploy.plan import PruningPlan
 
 _SIZES: dict[str, Any] = {"vocab_size": tiny.VOCAB_SIZE, "pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258}

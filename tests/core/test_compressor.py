@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 import tiny
 from sglp_deploy import CalibrationSet, Compressor, registry
 from sglp_deploy import compressor as compressor_module
-from sglp_deploy.adapters import LoadedModel
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, CalibrationError, ConfigError, ParityError, PlanError
+from sglp_deploy.models import LoadedModel
 from sglp_deploy.plan import PruningPlan
 
 SMALL = {"max_tokens": 600, "sequence_length": 48, "batch_size": 4}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from core.planted import planted_stats
+from planted import planted_stats
 from sglp_deploy.errors import CalibrationError, ConfigError
 from sglp_deploy.importance import (
     CRITERIA,

@@ -23,10 +23,10 @@ from transformers import (
 )
 
 import tiny
-from sglp_deploy.adapters import LoadedModel, load_model
-from sglp_deploy.adapters.hub import TransformersAdapter
 from sglp_deploy.errors import ArtifactError, PlanError, StorageError, UnsupportedModelError
 from sglp_deploy.materialize import CompressedModel, materialize, save_checkpoint, select_layers
+from sglp_deploy.models import LoadedModel, load_model
+from sglp_deploy.models.transformers.adapter import TransformersAdapter
 from sglp_deploy.plan import PruningPlan
 
 EVERY_FAMILY = pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.planted import MODEL, block_matrix, planted_stats
+from planted import MODEL, block_matrix, planted_stats
 from sglp_deploy.errors import ArtifactError, CalibrationError, ConfigError, PlanError
 from sglp_deploy.plan import Budget, PruningPlan, keep_all_plan, make_plan, planner_names
 

@@ -92,7 +92,7 @@ def test_a_third_party_exporter_is_used_like_ours() -> None:
 
 @pytest.mark.usefixtures("theirs")
 def test_a_third_party_may_not_take_a_built_in_name() -> None:
-    assert type(registry.exporter("onnx")).__module__ == "sglp_exporters.onnx"
+    assert type(registry.exporter("onnx")).__module__ == "sglp_exporters.onnx.exporter"
     assert registry.shadowed() == ["onnx (their_plugin:Good)"]
 
 
@@ -117,7 +117,7 @@ def test_the_list_holds_every_plugin_and_no_broken_one_breaks_it() -> None:
     assert sorted(lines) == sorted(["angry", "gone", "good", "needy", "shapeless", *BUILTIN])
     assert lines["good"].reason is None
     assert lines["onnx"].reason is None
-    assert lines["onnx"].origin == "sglp_exporters.onnx:OnnxExporter"
+    assert lines["onnx"].origin == "sglp_exporters.onnx.exporter:OnnxExporter"
     assert lines["needy"].reason == "needs surely_not_installed, surely_not.either"
     assert lines["angry"].reason == "broken: RuntimeError: no licence found"
     assert lines["gone"].reason == "broken: ModuleNotFoundError: No module named 'no_such_module'"

@@ -8,7 +8,7 @@ import ruptures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.planted import block_matrix
+from planted import block_matrix
 from sglp_deploy.errors import ConfigError, PlanError
 from sglp_deploy.segmentation import Segmentation, choose_n_segments, fisher_segmentation, loss_curve
 from sglp_deploy.similarity import SimilarityMatrix

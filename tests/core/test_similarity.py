@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.planted import block_matrix, planted_stats
+from planted import block_matrix, planted_stats
 from sglp_deploy.errors import ArtifactError, CalibrationError, ConfigError
 from sglp_deploy.similarity import SimilarityMatrix, gram, hsic_terms, linear_cka
 

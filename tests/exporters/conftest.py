@@ -11,15 +11,15 @@ import pytest
 
 import tiny
 from exports import Exported, compressed
-from sglp_exporters import _layer_template
-from sglp_exporters.onnx import OnnxExporter
+from sglp_exporters.onnx import layer_template
+from sglp_exporters.onnx.exporter import OnnxExporter
 
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Exported]]:
     """Baseline, pruned ("pruned") and a baseline of other weights ("other") of a family, by its name."""
     traces: list[int] = []
-    trace = _layer_template.trace_decoder
+    trace = layer_template.trace_decoder
 
     def counted(module: Any) -> Any:
         traces.append(1)
@@ -41,7 +41,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
         return Exported(models, artifacts, len(traces) - before, template)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_layer_template, "trace_decoder", counted)
+        patch.setattr(layer_template, "trace_decoder", counted)
         yield of
     OnnxExporter._template = None
 

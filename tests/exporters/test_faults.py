@@ -24,14 +24,14 @@ from safetensors.torch import load_file, save_file
 import mutations
 import tiny
 from exports import Exported
-from sglp_bench.worker import run_block
-from sglp_bench.workload import Workload
+from sglp_bench.measure.worker import run_block
+from sglp_bench.workloads.generate import Workload
 from sglp_deploy import CalibrationSet, Compressor, registry
 from sglp_deploy.artifact import ExportArtifact
-from sglp_deploy.certificate import ParityReport
 from sglp_deploy.errors import BackendError, SGLPError
-from sglp_exporters import _stored_weights
-from sglp_exporters.onnx import OnnxExporter
+from sglp_deploy.parity.certificate import ParityReport
+from sglp_exporters.onnx.exporter import OnnxExporter
+from sglp_exporters.runners import stored_weights
 
 KEEP = tiny.KEEP["llama"]
 MATRIX = "model.layers.2.mlp.up_proj"  # of the pruned model
@@ -99,7 +99,7 @@ def _in_openvino(folder: Path, piece: str, change: Change) -> None:
     """The constants lie in ``model.bin`` as the IR says; found there by their bytes."""
     artifact = ExportArtifact.load(folder, check_files=False)
     data = bytearray((folder / "model.bin").read_bytes())
-    for tensor in _stored_weights.of_openvino(artifact):
+    for tensor in stored_weights.of_openvino(artifact):
         if piece in tensor.name and tensor.dtype == "float32" and tensor.elements > 1:
             right = np.ascontiguousarray(tensor.read(), dtype=np.float32)
             place = data.find(right.tobytes())

@@ -18,10 +18,10 @@ from torch import nn
 import tiny
 import zoo
 import zoo_vision
-from sglp_deploy.adapters import adapter_for, adapter_of_folder, fingerprint, layer_stack, load_model, source_of
-from sglp_deploy.adapters.samples import image_size, sample_inputs
 from sglp_deploy.errors import ArtifactError, UnsupportedModelError
 from sglp_deploy.materialize import CompressedModel, materialize, save_checkpoint, select_layers
+from sglp_deploy.models import adapter_for, adapter_of_folder, fingerprint, layer_stack, load_model, source_of
+from sglp_deploy.models.samples import image_size, sample_inputs
 
 _REASON = "needs timm and torchvision: make test-vision, or pip install 'sglp-deploy[vision]'"
 timm = pytest.importorskip("timm", reason=_REASON)
@@ -547,7 +547,7 @@ def test_sample_images_have_the_size_the_model_was_made_for(case: Case) -> None:
 def test_the_pruned_model_is_certified_on_onnx_runtime(case: Case, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     from sglp_deploy import Compressor
-    from sglp_deploy.adapters import LoadedModel
+    from sglp_deploy.models import LoadedModel
 
     module = _model(case)
     compressor = Compressor(LoadedModel(module, None, source_of(module, case.name)))

@@ -1,0 +1,1 @@
+"""Where a block runs: a block specification in, its answer and the facts of the place out."""

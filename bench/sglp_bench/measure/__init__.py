@@ -1,0 +1,1 @@
+"""Artifacts and a workload in, raw times and memory readings out, each block in a fresh process."""

@@ -1,0 +1,128 @@
+"""One block in one fresh process: ``python -m sglp_bench.measure.worker SPEC.json OUT.json``.
+
+A process of its own gives every block the same start: no warm allocator, no cache of another arm, no memory peak left
+by an earlier one.  This module loads no runtime itself; what the exporter's runner imports is what gets measured.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sglp_bench.devices.environment import block_conditions
+from sglp_bench.measure.memory import device_readings, idle_host, peak_host
+from sglp_bench.measure.timing import run_untimed, time_block
+from sglp_bench.workloads.generate import Workload
+from sglp_deploy import _io
+from sglp_deploy.artifact import ExportArtifact
+from sglp_deploy.errors import BenchmarkError, ConfigError, SGLPError
+from sglp_deploy.protocols import Exporter, GeneratingRunner
+
+_MEMORY_ITERATIONS = 2  # the second call is where a runtime's workspace has reached its size
+
+
+def resolve_opener(opener: str) -> Exporter:
+    """The exporter named by ``"module:attr"``; a class is instantiated.
+
+    Raises:
+        ConfigError: If the string has another form, or the module or the attribute does not exist.
+    """
+    module, colon, attribute = opener.partition(":")
+    if not (module and colon and attribute):
+        raise ConfigError(f"opener {opener!r} is not 'module:attr'; nothing can be imported from it; correct it")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"opener {opener!r} cannot be loaded; {error}; check the name and the path") from error
+    exporter: Exporter = found() if isinstance(found, type) else found
+    return exporter
+
+
+def run_block(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Do what ``spec`` asks and return the content of the answer file.
+
+    Args:
+        spec: ``mode`` ("time" or "memory"), ``artifact`` (folder), ``artifact_digest``, ``opener`` ("module:attr" or
+            None for the registry), ``workload``, ``vocab_size``.
+
+    Raises:
+        SGLPError: If the artifact is not the one the parent saw, or its runner cannot decode.
+    """
+    workload = Workload.from_json(spec["workload"])
+    artifact = ExportArtifact.load(spec["artifact"], check_files=False)  # the parent has checked them
+    if artifact.digest != spec["artifact_digest"]:
+        raise BenchmarkError(f"{artifact.path} changed during the benchmark; its manifest differs; start again")
+    exporter = resolve_opener(spec["opener"]) if spec["opener"] else _registered(artifact.format)
+    tokens = workload.input_ids(spec["vocab_size"])
+    idle = idle_host()
+    start = block_conditions(workload.device)
+    loading = time.perf_counter()
+    opened = exporter.open(artifact, device=workload.device, threads=workload.threads)
+    if not_timed := getattr(opened, "not_timed", ""):
+        raise BenchmarkError(f"the runner of format {artifact.format!r} is not timed; {not_timed}")
+    with opened as runner:
+        stands_in_for = getattr(runner, "stands_in_for", None)
+        if stands_in_for:
+            raise BenchmarkError(
+                f"what runs on {workload.device} is {getattr(runner, 'description', type(runner).__name__)}; a time of "
+                f"it would be filed under {stands_in_for}; benchmark on the device the artifact is for"
+            )
+        runner.synchronize()
+        load_s = time.perf_counter() - loading
+        if not isinstance(runner, GeneratingRunner):
+            raise BenchmarkError(
+                f"the runner of format {artifact.format!r} has no prefill and decode; this workload times those; "
+                "benchmark a format whose runner generates"
+            )
+        answer: dict[str, Any]
+        if spec["mode"] == "memory":
+            for _ in range(_MEMORY_ITERATIONS):
+                run_untimed(runner, tokens)
+            through_torch = bool(getattr(runner, "allocates_through_torch", False))
+            device_memory = device_readings(workload.device, through_torch=through_torch)
+            readings = {"host_idle": idle, "host_peak": peak_host(), **device_memory}
+            answer = {"memory": {rung: reading.to_json() for rung, reading in readings.items()}}
+        else:
+            answer = {"load_s": load_s, "samples": time_block(runner, tokens, workload).to_json()}
+    conditions = {"start": start, "end": block_conditions(workload.device)}
+    return {"schema": "block/1", "mode": spec["mode"], **answer, "conditions": conditions}
+
+
+def main(arguments: list[str]) -> int:
+    """Command line of the worker; expected failures print one line and give exit status 1."""
+    if len(arguments) != 2:
+        print("usage: python -m sglp_bench.measure.worker SPEC.json OUT.json", file=sys.stderr)
+        return 2
+    try:
+        spec = _io.read_json(Path(arguments[0]), "block-spec")
+        _restore_pythonpath(spec)
+        _io.write_json(Path(arguments[1]), run_block(spec))
+    except SGLPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _restore_pythonpath(spec: Mapping[str, Any]) -> None:
+    # The parent set PYTHONPATH to its own sys.path.  A runner that starts another interpreter (an isolated
+    # environment) must not hand these folders on: they hold other versions of the same packages.
+    before = spec["pythonpath_before"]
+    os.environ.pop("PYTHONPATH", None)
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+
+
+def _registered(name: str) -> Exporter:
+    from sglp_deploy import registry
+
+    exporter: Exporter = registry.exporter(name)
+    return exporter
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

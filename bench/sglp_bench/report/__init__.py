@@ -1,0 +1,1 @@
+"""A run folder's files in, ``report.json`` and one page to read out."""

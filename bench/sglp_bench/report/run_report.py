@@ -1,0 +1,260 @@
+"""One run as one file to keep and one page to read: ``report.json`` is the contract, ``report.html`` only renders it.
+
+Everything is taken from the JSON of the other files, so a report can be made again years later from a run folder, on a
+machine that has neither the model nor the runtime.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sglp_bench.report import charts, measured, sections
+from sglp_bench.report import wording as fmt
+from sglp_bench.report.facts import Json, cards, measurement, missing, section
+from sglp_bench.report.markup import picture
+from sglp_deploy import _io
+from sglp_deploy.errors import ArtifactError
+
+SCHEMA = "report/1"  # history: 1 = first
+_LISTS = ("artifacts", "parity", "measurements", "claims", "cards", "missing")
+
+
+class RunReport:
+    """What one run found, ready to be saved or shown.
+
+    Every argument may be an object with ``to_json()`` or its JSON; a sequence may also be an object keyed by name.  Any
+    of them may be None or empty: the report then says what was not measured.
+
+    Args:
+        plan: ``plan/1``.
+        artifacts: ``artifact/1`` each, or ``{"name", "manifest", "digest"}``.
+        parity: ``parity/1`` each.
+        comparisons: ``comparison/1`` each; one that still has its raw samples brings them along.
+        quality: ``quality/1``.
+        results: ``result/1`` by the name of the comparison, or in the same order.
+        provenance: ``{"versions", "machine", "command", "created", "seed", "stages"}``, each optional.
+        title: Heading of the page; made from the model and its depth when omitted.
+        checkpoint: ``{"parameters", "dense_parameters"}`` of the pruned checkpoint.
+    """
+
+    def __init__(
+        self,
+        plan: Any,
+        artifacts: Any = (),
+        parity: Any = (),
+        comparisons: Any = (),
+        quality: Any = None,
+        results: Any = None,
+        provenance: Any = None,
+        title: str | None = None,
+        checkpoint: Any = None,
+    ) -> None:
+        value: Json = {
+            "schema": SCHEMA,
+            "title": title,
+            "plan": _plain(plan),
+            "artifacts": [_artifact(name, item) for name, item in _named(artifacts)],
+            "parity": [
+                {**item, "name": item.get("name") or name or item.get("format") or "artifact"}
+                for name, raw in _named(parity)
+                if isinstance(item := _plain(raw), dict)
+            ],
+            "quality": _plain(quality),
+            "provenance": _plain(provenance),
+            "checkpoint": _plain(checkpoint),
+        }
+        if plan := section(value, "plan"):
+            value["plan"] = {"n_layers": len(plan.get("keep", [])) + len(plan.get("drop", [])), **plan}
+        value["measurements"] = _measurements(value, comparisons, results)
+        value["title"] = title or _title(value)
+        value["claims"] = [
+            {"name": item["name"], "metric": row["metric"], **row["claim"]}
+            for item in value["measurements"]
+            for row in item["rows"]
+            if row["claim"]
+        ]
+        value["cards"] = cards(value)
+        value["missing"] = missing(value)
+        self._value: Json = _plain(value)
+
+    def to_json(self) -> Json:
+        """The content of ``report.json``."""
+        return dict(self._value)
+
+    def save(self, out_dir: str | Path) -> Path:
+        """Write ``report.json`` and then ``report.html`` into ``out_dir``, each atomically; returns the page's path.
+
+        Raises:
+            StorageError: If they cannot be written; older files stay as they were.
+        """
+        folder = Path(out_dir)
+        page = render_html(self._value)  # before anything is written: a fault here must not leave half a report
+        _io.write_json(folder / "report.json", self._value)
+        _io.write_text(folder / "report.html", page)
+        return folder / "report.html"
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunReport:
+        """Read ``report.json``.
+
+        Raises:
+            ArtifactError: If the file is missing, is not JSON, is of an unknown schema, or lacks a section.
+        """
+        value = _io.read_json(Path(path), "report")
+        if wrong := [name for name in _LISTS if not isinstance(value.get(name), list)]:
+            raise ArtifactError(
+                f"{path} has no list under {fmt.words(wrong)}; it is not a whole report; make the report again"
+            )
+        report = cls.__new__(cls)
+        report._value = value
+        return report
+
+    @classmethod
+    def from_run_folder(cls, path: str | Path) -> RunReport:
+        """Make the report of a run folder from its files alone; files that are not there are reported as not measured.
+
+        Raises:
+            ArtifactError: If the folder is missing, or a file in it is not what its name says.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            raise ArtifactError(f"{root} is not a folder; a run folder was expected; check the path")
+        run = _optional(root / "run.json") or {}
+        return cls(
+            plan=_optional(root / "plan.json", "plan"),
+            artifacts=_folder_of(root, "checkpoint/manifest.json", "artifact")
+            | _folder_of(root, "artifacts/*/manifest.json", "artifact"),
+            parity={file.stem: _io.read_json(file, "parity") for file in sorted((root / "parity").glob("*.json"))},
+            comparisons=_folder_of(root, "bench/*/comparison.json", "comparison"),
+            quality=_optional(root / "quality.json", "quality"),
+            results=_folder_of(root, "bench/*/result.json", "result"),
+            provenance=_provenance(run),
+            title=run.get("title"),
+            checkpoint=run.get("checkpoint"),
+        )
+
+
+def render_html(report_json: Mapping[str, Any]) -> str:
+    """The page for the content of a ``report.json``: one file, no script, nothing fetched; equal input, equal page."""
+    report = report_json
+    style = resources.files("sglp_bench.report").joinpath("templates/report.css").read_text(encoding="utf-8")
+    rooms = [
+        ("plan", "Plan", "What was removed", sections.plan_section(report)),
+        ("parity", "Parity", "Does the export compute the same?", sections.parity_section(report)),
+        ("speed", "Speed", "Is it faster?", measured.speed_section(report)),
+        ("memory", "Memory", "What it needs in memory", measured.memory_section(report)),
+        ("quality", "Quality", "What it costs in quality", measured.quality_section(report)),
+        ("provenance", "Provenance", "Where these numbers come from", sections.provenance_section(report)),
+    ]
+    links = "".join(f'<a href="#{key}">{short}</a>' for key, short, _, _ in rooms)
+    body = "".join(f'<section id="{key}"><h2>{name}</h2>{content}</section>' for key, _, name, content in rooms)
+    title = escape(str(report["title"]))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="generator" content="sglp-deploy"><title>{title}</title><style>{style}</style></head>\n'
+        f'<body><header class="top"><p class="eyebrow">Depth pruning report</p><h1>{title.replace("/", "/<wbr>")}</h1>'
+        f'<p class="sub">{escape(sections.subtitle(report))}</p>{_stack(section(report, "plan"))}'
+        f'{sections.headline(report)}<nav aria-label="Sections">{links}</nav></header>\n'
+        f"<main>{body}{sections.missing_section(report)}</main>\n"
+        "<footer>Rendered from report.json alone; every number on this page is in that file.</footer></body></html>\n"
+    )
+
+
+def _stack(plan: Json) -> str:
+    if not plan.get("keep"):
+        return ""
+    drop = plan.get("drop", [])
+    segments = plan.get("segments", []) if len(plan.get("segments", [])) > 1 else []
+    gone = f"Removed: layers {fmt.words([str(layer) for layer in drop])}, striped." if drop else "No layer was removed."
+    groups = " S1, S2, … are segments: runs of layers that do similar work." if segments else ""
+    return picture(
+        "The stack, first layer on the left",
+        gone + groups,
+        lambda width, key: charts.layer_strip(plan["n_layers"], drop, segments, width, key=key),
+        "strip",
+    )
+
+
+def _plain(value: Any) -> Any:
+    """JSON values of anything: ``to_json()`` where there is one; a number JSON cannot hold becomes null."""
+    if hasattr(value, "to_json"):
+        value = value.to_json()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _named(items: Any) -> Iterable[tuple[str, Any]]:
+    """(name or "", item) from a sequence, or from an object keyed by name."""
+    if isinstance(items, Mapping):
+        return [(str(name), item) for name, item in items.items()]
+    return [("", item) for item in items or ()]
+
+
+def _artifact(name: str, item: Any) -> Json:
+    value = _plain(item)
+    manifest = value.get("manifest", value)
+    path = getattr(item, "path", None)
+    return {
+        "name": value.get("name") or name or (path.name if path else manifest.get("format") or "artifact"),
+        "manifest": manifest,
+        "digest": value.get("digest") or _io.sha256_json(manifest),
+    }
+
+
+def _measurements(value: Json, comparisons: Any, results: Any) -> list[Json]:
+    given = list(_named(comparisons))
+    by_name = dict(_named(results)) if isinstance(results, Mapping) else {}
+    in_order = [] if isinstance(results, Mapping) else list(results or ())
+    found = []
+    for index, (name, item) in enumerate(given):
+        comparison = _plain(item)
+        candidate = section(section(comparison, "arms"), str(comparison.get("candidate")))
+        name = name or str(section(candidate, "artifact").get("format") or comparison.get("candidate") or index + 1)
+        raw = by_name.get(name) or (in_order[index] if index < len(in_order) else getattr(item, "result", None))
+        found.append(measurement(name, comparison, _plain(raw), section(value, "plan"), value["parity"]))
+    return sorted(found, key=lambda item: item["kind"] != "depth")  # what pruning gave comes first
+
+
+def _title(value: Json) -> str:
+    plan = section(value, "plan")
+    model = str(section(plan, "model").get("id") or "A model")
+    return f"{model}: {plan['n_layers']} to {len(plan['keep'])} layers" if plan.get("keep") else model
+
+
+def _optional(path: Path, kind: str | None = None) -> Json | None:
+    if not path.is_file():
+        return None
+    if kind:
+        return _io.read_json(path, kind, (1, 2) if kind == "plan" else (1,))
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read as JSON; {error}; run the stage that makes it again") from error
+    return dict(value) if isinstance(value, dict) else None
+
+
+def _folder_of(root: Path, pattern: str, kind: str) -> dict[str, Json]:
+    return {file.parent.name: _io.read_json(file, kind) for file in sorted(root.glob(pattern))}
+
+
+def _provenance(run: Json) -> Json | None:
+    if not run:
+        return None
+    found = {**section(run, "provenance")}
+    for name in ("versions", "machine", "command", "created", "seed"):
+        found.setdefault(name, run.get(name))
+    stages = run.get("stages")
+    if isinstance(stages, Mapping):
+        stages = [{"name": name, **stage} for name, stage in stages.items() if isinstance(stage, Mapping)]
+    found.setdefault("stages", stages)
+    return found

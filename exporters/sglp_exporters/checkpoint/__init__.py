@@ -1,0 +1,1 @@
+"""A pruned model in, a checkpoint of its own library out, and eager PyTorch to run it."""

@@ -1,0 +1,1 @@
+"""A pruned model in, an ONNX graph out, and ONNX Runtime to run it."""

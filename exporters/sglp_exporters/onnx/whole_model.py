@@ -1,0 +1,39 @@
+"""Trace a decoder layer by layer as it stands, for models whose layers are no copies of one another.
+
+Costs seconds for every layer and gives one graph for one depth; :mod:`sglp_exporters.onnx.layer_template` is the way
+that is tried first.  Names and interface of the graph are the same.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from sglp_exporters.onnx.decoder_trace import trace_decoder
+from sglp_exporters.onnx.layer_template import CACHE_NAME, named_shape, size_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PARTS = {"keys": "key", "values": "value"}
+
+
+def trace_whole_decoder(module: PreTrainedModel) -> ir.Model:
+    """The graph of ``module`` with the same inputs and outputs that an assembled one has.
+
+    Raises:
+        BackendError: If transformers, torch or ONNX cannot trace it.
+    """
+    program = trace_decoder(module)
+    graph = program.graph
+    sizes = size_names(graph)
+    for values, prefix in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
+        for value in values:
+            match = CACHE_NAME.match(value.name or "")
+            if match:
+                value.name = f"{prefix}.{match.group(1)}.{_PARTS[match.group(2)]}"
+            value.shape = named_shape(value.shape, sizes)
+    graph.inputs[:] = sorted(graph.inputs, key=lambda value: (value.name or "").startswith("past_key_values."))
+    graph.outputs[:] = sorted(graph.outputs, key=lambda value: value.name != "logits")
+    return program

@@ -1,0 +1,1 @@
+"""An artifact in, logits out: what the runners of several formats share."""

@@ -1,0 +1,217 @@
+"""Read a model the safe way: safetensors or GGUF, no remote code, no pickle unless the user says so."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sglp_deploy import _io
+from sglp_deploy._names import may_be_hub_id, unknown_name
+from sglp_deploy.errors import ConfigError, UnsupportedModelError
+from sglp_deploy.models.base import ModelSource
+from sglp_deploy.models.library import adapter_for, adapter_of_folder
+from sglp_deploy.models.quiet import quiet_libraries
+from sglp_deploy.models.transformers.adapter import model_class
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Elements of each tensor that enter the fingerprint.  A trained tensor differs from another one nearly everywhere, and
+# reading all of a 70-billion-parameter model only to name it would take minutes.
+_FINGERPRINT_SAMPLES = 1024
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, its tokenizer if it has one, and where they came from."""
+
+    module: nn.Module
+    tokenizer: PreTrainedTokenizerBase | None
+    source: ModelSource
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over the configuration and, of every tensor, name, shape, type and 1,024 evenly spaced elements."""
+    digest = hashlib.sha256(facts_digest(module).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // _FINGERPRINT_SAMPLES)
+        digest.update(flat[::step].to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def facts_digest(module: nn.Module) -> str:
+    """SHA-256 of the configuration, without entries that a save or a load may change."""
+    return _io.sha256_json(adapter_for(module).facts(module))
+
+
+def source_of(module: nn.Module, name: str, gguf_file: str | None = None) -> ModelSource:
+    """The identity of a model in memory, under the name a user gave it."""
+    return ModelSource(name, fingerprint(module), facts_digest(module), gguf_file)
+
+
+def precision(module: nn.Module) -> str:
+    """Element type of the weights in the field's short form: "fp32", "fp16", "bf16", else torch's own name."""
+    dtype = next((tensor.dtype for tensor in module.parameters() if tensor.is_floating_point()), torch.float32)
+    return next((name for name, known in _DTYPES.items() if known is dtype), str(dtype).removeprefix("torch."))
+
+
+def load_model(
+    model: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> LoadedModel:
+    """Load a model from a folder, a ``.gguf`` file or a hub identifier, with the class its checkpoint names.
+
+    Args:
+        model: A checkpoint folder, a GGUF file (dequantised to float32), or a hub identifier when online.
+        device: Where the weights go, for example ``"cpu"`` or ``"cuda:0"``.
+        dtype: ``"auto"`` (as stored), ``"fp32"``, ``"fp16"`` or ``"bf16"``.
+        trust_remote_code: Run Python code that comes with the model.
+        allow_pickle: Accept a checkpoint stored as pickle (then read with ``weights_only=True``).
+
+    Raises:
+        ConfigError: If the model does not exist, is stored as pickle, or an option is unknown.
+        UnsupportedModelError: If transformers does not know its architecture.
+    """
+    import transformers
+
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise unknown_name("dtype", dtype, ("auto", *_DTYPES))
+    _check_device(device)
+    path = Path(model)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    gguf_file = None
+    location = str(model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ConfigError(f"{path} does not exist; a GGUF file was expected there; check the path")
+        gguf_file, location = path.name, str(path.parent)
+        options["gguf_file"] = gguf_file
+    elif path.is_dir():
+        _check_folder(path, allow_pickle)
+        adapter = adapter_of_folder(path)
+        if adapter is not None and adapter.name != "transformers":
+            module = adapter.load(path)
+            if dtype != "auto":
+                module = module.to(_DTYPES[dtype])
+            return LoadedModel(module.to(device).eval(), None, source_of(module, str(model)))
+    elif path.exists() or not may_be_hub_id(location):
+        raise ConfigError(f"{path} is not a model folder or a .gguf file; check the path")
+    weights: dict[str, Any] = dict(options)
+    if gguf_file:
+        weights["quantization_config"] = transformers.GgufConfig(gguf_file=gguf_file, dequantize=True)
+        weights["dtype"] = _DTYPES.get(dtype, torch.float32)
+    else:
+        weights["dtype"] = _DTYPES.get(dtype, "auto")
+        weights["use_safetensors"] = None if allow_pickle else True
+    try:
+        with quiet_libraries(), contextlib.ExitStack() as stack:
+            if gguf_file:  # its reader draws a bar on stderr with plain tqdm, which no setting turns off
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            config = transformers.AutoConfig.from_pretrained(location, **options)
+            own_code = getattr(config, "auto_map", None)  # the attribute exists only where a checkpoint sets it
+            loader = transformers.AutoModelForCausalLM if gguf_file or own_code else model_class(config)
+            module, report = loader.from_pretrained(location, output_loading_info=True, **weights)
+    except OSError as error:
+        raise ConfigError(
+            f"model {str(model)!r} cannot be loaded; {_first_line(error)}; give a checkpoint folder, a .gguf file, or "
+            "a hub identifier while online"
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"model {str(model)!r} cannot be loaded; {_first_line(error)}; check its config.json, and whether this "
+            "transformers knows its model_type"
+        ) from error
+    except Exception as error:
+        # safetensors, gguf and the shape check each raise a type of their own, some of them bare Exceptions.
+        raise ConfigError(
+            f"model {str(model)!r} cannot be read; {type(error).__name__}: {_first_line(error)}; its files are damaged "
+            "or do not belong together; get the checkpoint again"
+        ) from error
+    _check_complete(str(model), report)
+    # Left by the GGUF reader: a path of this machine, which would travel into every checkpoint written.
+    vars(module.config).pop("_model_name_or_path", None)
+    module = module.to(device).eval()
+    source = source_of(module, str(model), gguf_file)
+    return LoadedModel(module, _load_tokenizer(path, location, options), source)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device {device!r} is unknown to PyTorch; pass cpu, cuda or cuda:N") from None
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {device!r} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices; use "
+            "--device cpu"
+        )
+
+
+def _check_complete(model: str, report: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose tensors and configuration disagree: transformers would fill the gaps at random."""
+    missing = sorted(map(str, report["missing_keys"]))
+    if missing:
+        raise ConfigError(
+            f"model {model!r} lacks {len(missing)} tensors, first {missing[0]}; random numbers would stand in for "
+            "them; get the checkpoint again"
+        )
+    beyond = sorted(str(name) for name in report["unexpected_keys"] if ".layers." in f".{name}")
+    if beyond:
+        raise ConfigError(
+            f"model {model!r} has {len(beyond)} layer tensors its config.json does not know, first {beyond[0]}; layers "
+            "would be left out unnoticed; repair num_hidden_layers"
+        )
+
+
+def _check_folder(path: Path, allow_pickle: bool) -> None:
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{path} has no config.json; a Hugging Face checkpoint folder was expected; check the path")
+    if list(path.glob("*.safetensors")) or allow_pickle:
+        return
+    if list(path.glob("*.bin")) or list(path.glob("*.pt")) or list(path.glob("*.pth")):
+        raise ConfigError(
+            f"{path} stores its weights as pickle; loading pickle can run code; convert it to safetensors, or pass "
+            "--allow-pickle if you trust its author"
+        )
+    raise ConfigError(f"{path} holds no *.safetensors file; the weights are missing; check the folder")
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+
+def _load_tokenizer(path: Path, location: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer, or None when there is none: a model without one is legitimate, its users bring token ids."""
+    import transformers
+
+    if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        return None  # asked for one, transformers would make an empty tokenizer of the family
+    try:
+        with quiet_libraries():
+            tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(location, **options)
+    except Exception as error:
+        if not path.exists():
+            return None  # a hub identifier; nothing says that the repository has one
+        raise ConfigError(
+            f"the tokenizer of {location} cannot be read; {_first_line(error)}; repair its files, or remove them to "
+            "work with token ids"
+        ) from error
+    return tokenizer

@@ -1,0 +1,288 @@
+"""Parity of artifacts that run forward only: encoders, vision, speech, encoder-decoders, decoders without a KV cache.
+
+Same rules as for decoders (:mod:`sglp_deploy.parity.decoder`): the reference is the unpruned model in PyTorch, its
+removed layers passed over; its own noise floor counts, and a failing comparison is a result.  The cases differ from
+what was traced in every size that may vary, because a size that was burnt into a graph shows at any other one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from sglp_deploy.errors import BackendError, SGLPError
+from sglp_deploy.models.samples import main_input, sample_inputs
+from sglp_deploy.parity.certificate import (
+    ForwardThresholds,
+    ParityReport,
+    forward_thresholds_for,
+    judge_forward_case,
+    limits,
+)
+from sglp_deploy.parity.decoder import log_softmax
+
+if TYPE_CHECKING:
+    from sglp_deploy.artifact import ExportArtifact
+    from sglp_deploy.protocols import Runner
+
+# (rows, tokens); none is what was traced with, and 80 goes beyond the 64 tokens some recurrences take at once.
+_TEXT_SIZES = ((1, 7), (3, 17), (2, 80))
+_PAST_WINDOW = 64
+_IMAGE_ROWS = (1, 3)
+_SPEECH_SIZES = ((1, 0.75), (3, 1.0))  # rows, share of the sample's length
+
+
+@dataclass(frozen=True)
+class ForwardCase:
+    """Named inputs for one comparison.
+
+    Attributes:
+        name: What the report calls it.
+        inputs: Arrays by input name; floating ones are float32, a runner casts them to what it takes.
+        valid: Which positions of the output count, shape (batch, positions); all of them when None.
+    """
+
+    name: str
+    inputs: Mapping[str, NDArray[Any]]
+    valid: NDArray[np.bool_] | None = None
+
+
+def forward_cases(module: nn.Module, *, window: int | None = None) -> tuple[ForwardCase, ...]:
+    """The standard cases for ``module``: other batch sizes, other lengths, with and without padding.
+
+    Text is as long as the model's table of positions allows.  Images have the model's own size.
+
+    Args:
+        module: The unpruned model.
+        window: Attention window in tokens; adds rows 64 tokens longer, because a wrong local layer shows only there.
+
+    Raises:
+        UnsupportedModelError: If what the model takes as input is unknown.
+    """
+    name = main_input(module)
+    if name == "input_ids":
+        most = most_tokens(module)
+        sizes = [(rows, min(tokens, most)) for rows, tokens in _TEXT_SIZES]
+        if window and window + _PAST_WINDOW <= most:
+            sizes.append((2, window + _PAST_WINDOW))
+        return tuple(
+            _case(module, f"{rows} of {tokens} tokens", sample_inputs(module, rows=rows, tokens=tokens, seed=number))
+            for number, (rows, tokens) in enumerate(dict.fromkeys(sizes), 1)
+        )
+    if name == "input_values":
+        cases = []
+        for number, (rows, share) in enumerate(_SPEECH_SIZES):
+            inputs = sample_inputs(module, rows=rows, seed=number + 1)
+            inputs.setdefault("attention_mask", torch.ones_like(inputs[name], dtype=torch.int64))
+            samples = int(inputs[name].shape[1] * share)
+            cut = {key: value[:, :samples] for key, value in inputs.items()}
+            cases.append(_case(module, f"{rows} of {samples} samples", cut))
+        return tuple(cases)
+    return tuple(
+        _case(module, f"{rows} of {name}", sample_inputs(module, rows=rows, tokens=tokens, seed=rows))
+        for rows, tokens in zip(_IMAGE_ROWS, (14, 40), strict=True)
+    )
+
+
+def check_forward_parity(
+    artifact: ExportArtifact,
+    runner: Runner,
+    reference: Runner,
+    cases: Sequence[ForwardCase],
+    *,
+    thresholds: ForwardThresholds | None = None,
+    runner_name: str = "",
+    reference_name: str = "PyTorch",
+    progress: Callable[[int, int], None] | None = None,
+) -> ParityReport:
+    """Compare the main output of ``runner`` with that of ``reference`` on every case and judge.
+
+    Args:
+        artifact: What ``runner`` executes; its digest goes on the certificate.
+        runner: An entered runner of the artifact.
+        reference: An entered runner of what it is judged by: the unpruned model, its removed layers passed over.  It
+            returns exactly one output.
+        cases: From :func:`forward_cases`.
+        thresholds: Bounds; by the artifact's precision when omitted.
+        runner_name: What executed the artifact, for the certificate.
+        reference_name: What it is compared with, for the certificate.
+        progress: Called with (cases done, cases in all).
+
+    Returns:
+        The certificate; failing is a result, not an exception.
+
+    Raises:
+        BackendError: If a side fails to run a case, or the artifact lacks the reference's output or gives it another
+            shape.
+    """
+    bounds = thresholds or forward_thresholds_for(artifact.precision)
+    records: list[dict[str, Any]] = []
+    floor = {"max_relative": 0.0, "kl_p99": 0.0, "kl_max": 0.0}
+    for done, case in enumerate(cases):
+        ((output, wanted),) = _run(f"the reference ({reference_name})", reference, case, case.inputs).items()
+        # The same rows twice in one batch: another shape for every matrix product, the same mathematics.
+        doubled = {name: np.concatenate([value, value]) for name, value in case.inputs.items()}
+        again = _run(f"the reference ({reference_name})", reference, case, doubled)[output][: len(wanted)]
+        got = _of(f"the {artifact.format} artifact", runner, case, output, wanted.shape)
+        noise, _ = _compare(output, wanted, again, case, bounds.margin)
+        statistics, worst = _compare(output, wanted, got, case, bounds.margin)
+        records.append(
+            {
+                "name": case.name,
+                "passed": False,
+                "output": output,
+                "positions": int(_vectors(wanted, case.valid)[0].shape[0]),
+                "statistics": statistics or None,
+                "worst": worst,
+                "last_position_max_abs": None,
+                "greedy": None,
+            }
+        )
+        floor = {name: max(value, noise.get(name) or 0.0) for name, value in floor.items()}
+        if progress is not None:
+            progress(done + 1, len(cases))
+    in_force = limits(bounds, floor)
+    reasons = []
+    for record in records:
+        faults = judge_forward_case(record, in_force, bounds)
+        record["passed"] = not faults
+        reasons += [f"{record['name']}: {fault}" for fault in faults]
+    return ParityReport(
+        artifact_digest=artifact.digest,
+        format=artifact.format,
+        runner=runner_name or type(runner).__name__,
+        reference=reference_name,
+        precision=artifact.precision,
+        thresholds=asdict(bounds),
+        noise_floor=floor,
+        cases=tuple(records),
+        reasons=tuple(reasons),
+    )
+
+
+def _case(module: nn.Module, name: str, inputs: Mapping[str, torch.Tensor]) -> ForwardCase:
+    mask = inputs.get("attention_mask")
+    padded = mask is not None and bool((mask == 0).any())
+    arrays = {
+        key: (value.float() if value.is_floating_point() else value).cpu().numpy() for key, value in inputs.items()
+    }
+    return ForwardCase(f"{name}, padded" if padded else name, arrays, _valid(module, inputs) if padded else None)
+
+
+def _valid(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> NDArray[np.bool_] | None:
+    """Output positions that stem from what is not padding; None where the output has other positions or none."""
+    if "decoder_input_ids" in inputs:
+        return None
+    mask = inputs["attention_mask"]
+    if main_input(module) == "input_ids":
+        return np.asarray((mask == 1).cpu().numpy())
+    frames_of: Any = getattr(module, "_get_feat_extract_output_lengths", None)
+    if frames_of is None:
+        return None
+    lengths, width = frames_of(mask.sum(-1)), int(frames_of(mask.shape[1]))
+    return np.asarray((torch.arange(width)[None] < lengths.cpu()[:, None]).numpy())
+
+
+def most_tokens(module: Any) -> int:
+    """Length of the model's table of positions, where it has one, less what some reserve for padding."""
+    text: Any = module.config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    # RoBERTa and its kin number positions from the padding's number on, in the same table.
+    shifted = any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules())
+    offset = (getattr(text, "pad_token_id", None) or 0) + 1 if shifted else 0
+    return int(most) - offset if isinstance(most, int) else sys.maxsize
+
+
+def _run(who: str, runner: Runner, case: ForwardCase, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    try:
+        return runner.forward(inputs)
+    except SGLPError:
+        raise
+    except Exception as error:
+        raise BackendError(
+            f"{who} failed on {case.name}; {type(error).__name__}: {error}; export the artifact again, and report this "
+            "if it stays"
+        ) from error
+
+
+def _of(who: str, runner: Runner, case: ForwardCase, output: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    found = _run(who, runner, case, case.inputs)
+    if output not in found:
+        raise BackendError(
+            f"{who} returned {', '.join(sorted(found)) or 'nothing'} on {case.name}, {output} was expected; it is not "
+            "the same model; export it again"
+        )
+    if found[output].shape != shape:
+        raise BackendError(
+            f"{who} returned {output} of shape {found[output].shape} on {case.name}, {shape} was expected; it is not "
+            "the same model, or a size was burnt into it; export it again"
+        )
+    return found[output]
+
+
+def _vectors(values: NDArray[Any], valid: NDArray[np.bool_] | None) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The valid positions' vectors (n, width) in float64 and their places (n, 2): row, position."""
+    if values.ndim == 4:  # feature maps: channels are the vector, pixels the positions
+        values = np.moveaxis(values, 1, -1).reshape(len(values), -1, values.shape[1])
+    values = values.reshape(len(values), -1, values.shape[-1])
+    # An output with other positions than the input (a class for each row) is valid as a whole.
+    mask = np.ones(values.shape[:2], dtype=bool) if valid is None or valid.shape != values.shape[:2] else valid
+    where = np.argwhere(mask)
+    return values[where[:, 0], where[:, 1]].astype(np.float64), where
+
+
+def _compare(
+    output: str, wanted: NDArray[Any], got: NDArray[Any], case: ForwardCase, margin: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Statistics over all valid positions, and the worst; no statistics when a value is not finite."""
+    x, where = _vectors(wanted, case.valid)
+    y, _ = _vectors(got, case.valid)
+    for name, side in (("reference", x), ("artifact", y)):
+        if not np.isfinite(side).all():
+            bad, index = np.argwhere(~np.isfinite(side))[0]
+            return {}, {**_place(where[bad]), "token": int(index), "not_finite": name}
+    difference = np.abs(x - y).max(-1)
+    size = float(np.sqrt(np.mean(x**2)))
+    norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
+    # Two zero vectors agree; a zero against anything else does not.
+    cosine = np.divide((x * y).sum(-1), norms, out=(x == y).all(-1).astype(np.float64), where=norms > 0)
+    worst = int(difference.argmax())
+    statistics: dict[str, Any] = {
+        "max_abs": float(difference.max()),
+        # All zeros on one side and not on the other is infinitely wrong, which JSON cannot say.
+        "max_relative": float(difference.max() / size) if size else float(np.sign(difference.max())),
+        "cosine_min": float(cosine.min()),
+    }
+    if output == "logits" and x.shape[1] > 1:
+        statistics |= _of_logits(x, y, margin)
+    place = {**_place(where[worst]), "token": int(np.abs(x[worst] - y[worst]).argmax())}
+    return statistics, {**place, "max_abs": float(difference[worst])}
+
+
+def _of_logits(x: NDArray[np.float64], y: NDArray[np.float64], margin: float) -> dict[str, Any]:
+    log_p, log_q = log_softmax(x), log_softmax(y)
+    # Rounding can leave a tiny negative sum; KL is not negative.
+    kl = np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0)
+    top_two = np.partition(x, -2, axis=-1)
+    stable = top_two[:, -1] - top_two[:, -2] > margin
+    agree = x.argmax(-1) == y.argmax(-1)
+    return {
+        "kl_median": float(np.median(kl)),
+        "kl_p99": float(np.quantile(kl, 0.99)),
+        "kl_max": float(kl.max()),
+        "n_stable": int(stable.sum()),
+        "n_unstable": int((~stable).sum()),
+        "top1_stable": float(agree[stable].mean()) if stable.any() else None,
+        "top1_unstable": float(agree[~stable].mean()) if (~stable).any() else None,
+    }
+
+
+def _place(where: NDArray[np.int64]) -> dict[str, Any]:
+    return {"row": int(where[0]), "phase": "forward", "position": int(where[1])}

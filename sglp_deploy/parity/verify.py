@@ -1,0 +1,157 @@
+"""Certify an artifact: open it, find the reference it must agree with, run the right cases through both."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from sglp_deploy import materialize as materializing
+from sglp_deploy import registry
+from sglp_deploy.artifact import ExportArtifact
+from sglp_deploy.errors import ArtifactError, ConfigError
+from sglp_deploy.materialize import CompressedModel
+from sglp_deploy.models import layer_stack, precision
+from sglp_deploy.models.proof import passed_over
+from sglp_deploy.models.samples import attention_window, generates, main_input
+from sglp_deploy.parity.cache import check_cache_layout
+from sglp_deploy.parity.certificate import ParityReport
+from sglp_deploy.parity.decoder import BEYOND_WINDOW, DECODE_STEPS, check_parity, prompt_cases
+from sglp_deploy.parity.diagnosis import cache_faults, read_stored, stored_type_fault, weight_faults
+from sglp_deploy.parity.forward import check_forward_parity, forward_cases, most_tokens
+from sglp_deploy.parity.reference import TorchRunner
+from sglp_deploy.protocols import GeneratingRunner, Runner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# A window this long costs minutes to go beyond on a CPU; longer ones are left to the user's own prompts.
+LONGEST_WINDOW_CHECKED = 4096
+
+
+def verify_artifact(
+    artifact: ExportArtifact,
+    original: nn.Module,
+    pruned: CompressedModel,
+    *,
+    tokens: Callable[[], NDArray[np.int64]],
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ParityReport:
+    """Compare an artifact with the unpruned model whose removed layers hand on what they are given.
+
+    The reference shares nothing with what made the artifact: no sliced configuration, no copied or renumbered layer,
+    no file.  An artifact that is a checkpoint is also compared bit for bit with the pruned model in memory.  One whose
+    stored weights are of another type than its manifest says fails, and where one fails the certificate names the
+    tensor and the layer, as far as they can be known (:mod:`sglp_deploy.parity.diagnosis`).
+
+    Args:
+        artifact: What to certify.
+        original: The unpruned model.
+        pruned: The pruned model the artifact was made from.
+        tokens: Natural text for the prompts, shape (n,); asked for only when the model takes prompts.
+        threads: Threads for both sides.
+        progress: Called with (cases done, cases in all).
+
+    Returns:
+        The certificate; failing is a result, not an exception.
+
+    Raises:
+        ArtifactError: If the cache of a decoder's graph is not laid out for the pruned model, or the artifact calls
+            itself a single forward pass and has a cache.
+        ConfigError: If its runner cannot generate, where the artifact is of a decoder with a cache.
+        BackendError: If a side fails to run.
+    """
+    device = str(next(original.parameters()).device)
+    exporter = registry.exporter(artifact.format)
+    runner = exporter.open(artifact, device=device, threads=threads)
+    faults: list[str] = []
+    described = f"PyTorch, {pruned.n_layers} layers, {precision(original)}"
+    config = getattr(original, "config", None)
+    takes_tokens = main_input(original) == "input_ids"
+    window = attention_window(config, pruned.plan.keep) if takes_tokens and config is not None else None
+    positions = most_tokens(original) if takes_tokens and config is not None else sys.maxsize
+    if window is not None and window > min(LONGEST_WINDOW_CHECKED, positions - BEYOND_WINDOW - DECODE_STEPS):
+        described += f"; not compared beyond its sliding window of {window} tokens"
+        window = None
+    facts: dict[str, Any] = {"reference_name": described, "progress": progress}
+    if generates(original) and not _is_forward(artifact):
+        if not isinstance(runner, GeneratingRunner):
+            raise ConfigError(
+                f"the {artifact.format} runner cannot generate; decoder parity needs prefill and decode; add them"
+            )
+        check_cache_layout(artifact, cast("PreTrainedModel", pruned.module))
+        prompts = prompt_cases(tokens(), window=window, positions=positions)
+        with _reference(original, pruned, threads) as reference, runner:
+            report = check_parity(artifact, runner, reference, prompts, runner_name=_name(artifact, runner), **facts)
+            if not report.passed:
+                faults += cache_faults(runner, pruned.module, artifact)
+    else:
+        cases = forward_cases(original, window=window)
+        with _reference(original, pruned, threads) as reference, runner:
+            report = check_forward_parity(
+                artifact, runner, reference, cases, runner_name=_name(artifact, runner), **facts
+            )
+    stored = read_stored(exporter, artifact)  # after the runtime, which says more of files that cannot be read
+    if wrong_type := stored_type_fault(artifact.precision, stored):
+        faults.insert(0, wrong_type)
+    if not report.passed:
+        faults += weight_faults(pruned.module, stored)
+    faults += _difference(exporter, artifact, pruned)
+    stands_in_for = str(getattr(runner, "stands_in_for", "") or "")
+    return replace(report, reasons=(*report.reasons, *faults), stands_in_for=stands_in_for)
+
+
+def _is_forward(artifact: ExportArtifact) -> bool:
+    """Whether the artifact is one forward pass without a cache, as its manifest says and its inputs must bear out."""
+    if artifact.details.get("interface") != "forward":
+        return False
+    cached = [spec.name for spec in artifact.inputs if "past_key_values" in spec.name]
+    if cached:
+        raise ArtifactError(
+            f"the manifest in {artifact.path} calls the graph a forward pass and lists the cache input {cached[0]}; "
+            "its decoding would go unchecked; export it again"
+        )
+    return True
+
+
+def _difference(exporter: Any, artifact: ExportArtifact, pruned: CompressedModel) -> list[str]:
+    """What in an artifact's files is not ``pruned``: by its exporter's own comparison, else where it is a checkpoint.
+
+    A checkpoint is compared bit for bit and setting for setting: numbers have bounds, and another reader of the same
+    files may believe an entry that this one ignores.
+    """
+    compare = getattr(exporter, "difference", None)
+    if compare is not None:
+        found = compare(artifact, pruned)
+        return [found] if found else []
+    if not list(artifact.path.glob("*.safetensors")):
+        return []
+    try:
+        materializing.check_reload(pruned, artifact.path)
+    except ArtifactError as error:
+        return [str(error)]
+    return []
+
+
+@contextmanager
+def _reference(original: nn.Module, pruned: CompressedModel, threads: int | None) -> Iterator[TorchRunner]:
+    """The unpruned model with the removed layers passed over; layers that are one module cannot be told apart."""
+    stack = layer_stack(original, pruned.plan.stack)
+    if stack.shares_one_module:
+        with TorchRunner(pruned.module, threads=threads) as runner:
+            yield runner
+    else:
+        with passed_over(stack, pruned.plan.keep), TorchRunner(original, threads=threads) as runner:
+            yield runner
+
+
+def _name(artifact: ExportArtifact, runner: Runner) -> str:
+    """What ran, for the certificate; only a runner that runs knows whether it is the runtime or stands in for it."""
+    return str(getattr(runner, "description", "") or artifact.details.get("runner") or type(runner).__name__)

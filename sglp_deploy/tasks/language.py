@@ -1,0 +1,151 @@
+"""What pruning cost: perplexity on text the plan has never seen, dense against pruned, with its protocol stated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from sglp_deploy.errors import CalibrationError
+from sglp_deploy.evidence.text import TokenBatches
+from sglp_deploy.models.samples import require_next_token_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SCHEMA = "quality/1"  # history: 1 = first
+_RESAMPLES = 2_000
+_MOST_NATS = 700.0  # exp of more is not a float64
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Loss of a model on token rows.
+
+    Attributes:
+        nats: Summed next-token loss of each row (rows), nats.
+        predictions: Predicted tokens of each row (rows).
+    """
+
+    nats: NDArray[np.float64]
+    predictions: NDArray[np.int64]
+
+    @property
+    def nats_per_token(self) -> float:
+        """Mean loss over all predicted tokens."""
+        return float(self.nats.sum() / self.predictions.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token)."""
+        return float(np.exp(self.nats_per_token))
+
+    def to_json(self) -> dict[str, Any]:
+        """The form kept in ``quality.json``."""
+        return {
+            "perplexity": self.perplexity,
+            "nats_per_token": self.nats_per_token,
+            "nats_by_row": self.nats.tolist(),
+            "predictions_by_row": self.predictions.tolist(),
+        }
+
+
+def perplexity(
+    model: PreTrainedModel, batches: TokenBatches, *, progress: Callable[[int, int], None] | None = None
+) -> Perplexity:
+    """Next-token loss of every row; rows are independent, and each row's first token is not predicted.
+
+    Args:
+        model: A causal language model.
+        batches: Token rows; padding is left out.
+        progress: Called with (minibatches done, minibatches in all).
+
+    Raises:
+        UnsupportedModelError: If the model predicts no next token.
+        CalibrationError: If the loss is not finite, too large for a perplexity, or no token is predicted.
+    """
+    require_next_token_loss(model)
+    nats, predictions = [], []
+    for done, (ids, mask) in enumerate(batches):
+        tokens = torch.from_numpy(ids).to(model.device)
+        attention = torch.from_numpy(mask).to(model.device)
+        with torch.inference_mode():
+            logits = model(input_ids=tokens, attention_mask=attention, use_cache=False).logits[:, :-1]
+            # Both the token and the one it is predicted from must be real, so padding may be on either side.
+            predicted = (attention[:, 1:] == 1) & (attention[:, :-1] == 1)
+            labels = tokens[:, 1:].masked_fill(~predicted, -100)
+            losses = nn.functional.cross_entropy(
+                logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=-100, reduction="none"
+            ).reshape(labels.shape)
+        nats.append(losses.double().sum(1).cpu().numpy())
+        predictions.append((labels != -100).sum(1).cpu().numpy())
+        if not np.isfinite(nats[-1]).all():
+            raise CalibrationError(
+                "the loss on the evaluation text is not finite; the model's weights or activations overflow; check "
+                "the checkpoint, or evaluate in float32"
+            )
+        if progress is not None:
+            progress(done + 1, len(batches))
+    result = Perplexity(np.concatenate(nats), np.concatenate(predictions).astype(np.int64))
+    if not result.predictions.sum():
+        raise CalibrationError(
+            "the evaluation text predicts no token; every row holds fewer than two; give longer text"
+        )
+    if result.nats_per_token > _MOST_NATS:
+        raise CalibrationError(
+            f"the loss on the evaluation text is {result.nats_per_token:.3g} nats per token; no perplexity can express "
+            "it, the model is broken; check the checkpoint, or remove fewer layers"
+        )
+    return result
+
+
+def quality_report(
+    dense: Perplexity, pruned: Perplexity, batches: TokenBatches, source: str, *, seed: int = 0
+) -> dict[str, Any]:
+    """Both perplexities, their ratio with a 95 % interval, and the protocol that makes the figures mean something.
+
+    The interval resamples rows in pairs (both models saw the same rows), so it says how much the ratio would move on
+    other text of this kind.  With a single row it says nothing and is as narrow as a point.
+
+    Raises:
+        CalibrationError: If the two were not taken on the same rows.
+    """
+    if not np.array_equal(dense.predictions, pruned.predictions):
+        raise CalibrationError(
+            f"the dense model predicted {int(dense.predictions.sum())} tokens in {len(dense.predictions)} rows, the "
+            f"pruned one {int(pruned.predictions.sum())} in {len(pruned.predictions)}; a ratio needs the same rows; "
+            "evaluate both on one text"
+        )
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, len(dense.nats), size=(_RESAMPLES, len(dense.nats)))
+    difference = (pruned.nats - dense.nats)[rows].sum(1) / dense.predictions[rows].sum(1)
+    low, high = np.quantile(np.exp(difference), [0.025, 0.975])
+    return {
+        "schema": SCHEMA,
+        "protocol": {
+            "metric": "perplexity, exp of the mean next-token loss",
+            "text": source,
+            "text_digest": batches.digest,
+            "chunk_tokens": int(batches.input_ids.shape[1]),
+            "n_chunks": batches.n_samples,
+            "n_tokens": int(dense.predictions.sum()),
+            "note": "chunks are independent; the first token of each is not predicted",
+        },
+        "dense": dense.to_json(),
+        "pruned": pruned.to_json(),
+        "ratio": pruned.perplexity / dense.perplexity,
+        "ratio_interval": [float(low), float(high)],
+    }
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """One line for people."""
+    return (
+        f"perplexity {report['dense']['perplexity']:.2f} -> {report['pruned']['perplexity']:.2f} "
+        f"(x{report['ratio']:.2f}) on {report['protocol']['n_tokens']} tokens of {report['protocol']['text']}"
+    )

@@ -1,0 +1,92 @@
+"""One finished run of the whole line on a tiny model, made once and copied by the tests that damage it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bench_results
+import tiny
+from sglp_bench.judge.certificates import require_certificates
+from sglp_bench.result import BenchmarkResult, artifact_facts
+from sglp_bench.workloads.generate import Workload
+from sglp_deploy.artifact import ExportArtifact
+from sglp_deploy.cli import pipeline
+from sglp_deploy.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+# Small enough for a test, large enough for six layers to be told apart.
+SMALL = ("--calibration-tokens", "256", "--sequence-length", "32", "--threads", "1")
+SMALL_RUN = (*SMALL, "--evaluation-tokens", "256", "--evaluation-chunk", "32", "--workload", "smoke")
+
+
+def fake_run_arms(arms: Mapping[str, ExportArtifact], workload: Workload, **options: Any) -> BenchmarkResult:
+    """In place of :func:`sglp_bench.measure.harness.run_arms`: real result objects with planted times, at once."""
+    base = options["baseline"]
+    planted = bench_results.planted_result({name: 1.25 for name in arms if name != base}, work=workload)
+    labels = {"baseline": base} | {name: name for name in planted.arms if name != "baseline"}
+    artifacts = dict(arms) | {"control": arms[base]}
+    states = require_certificates(artifacts, options["certificates"])
+    made = {
+        labels[name]: replace(arm, artifact=artifact_facts(artifacts[labels[name]], states[labels[name]]))
+        for name, arm in planted.arms.items()
+    }
+    Path(options["out_dir"]).mkdir(parents=True, exist_ok=True)
+    options["progress"](1, 1, "done")
+    return replace(planted, baseline=base, arms=made)
+
+
+# One of each for a whole test session, whichever module asks first; fixtures would make one for each module.
+@functools.cache
+def _model(base: Path) -> Path:
+    return tiny.save_tiny(base / "cli-model" / "llama")
+
+
+@functools.cache
+def _finished(base: Path) -> Path:
+    folder = base / "cli-run" / "demo"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "run_arms", fake_run_arms)
+        assert main(run_arguments(_model(base), folder)) == 0
+    return folder
+
+
+def tiny_model(factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of six layers; not to be changed."""
+    return _model(factory.getbasetemp())
+
+
+def finished_run(factory: pytest.TempPathFactory) -> Path:
+    """The finished run; not to be changed, so copy it first."""
+    return _finished(factory.getbasetemp())
+
+
+def run_arguments(model: Path, folder: Path, *more: str, to: str = "onnx,vllm", drop: str = "2") -> list[str]:
+    """``run`` on the tiny model."""
+    return ["run", str(model), "--drop", drop, "--to", to, *SMALL_RUN, "-q", "-o", str(folder), *more]
+
+
+def environment(*paths: Path, **changes: str) -> dict[str, str]:
+    """Variables of a process that imports this checkout and what lies in ``paths``."""
+    own = [ROOT, ROOT / "exporters", ROOT / "bench", ROOT / "tests/support", ROOT / "tests/support/zoo"]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*paths, *own])), "OMP_NUM_THREADS": "1"} | changes
+
+
+def command(arguments: Sequence[str], *paths: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "sglp_deploy", *arguments],
+        env=environment(*paths, **changes),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
