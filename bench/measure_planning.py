@@ -26,6 +26,7 @@ from sglp_deploy.evidence.collect import collect_layer_stats
 from sglp_deploy.evidence.text import CalibrationSet, TokenBatches
 from sglp_deploy.models import LoadedModel, load_model
 from sglp_deploy.plan import Budget, make_plan
+from sglp_deploy.tasks.language import LanguageTask
 
 _GROWTH = 8
 
@@ -33,7 +34,7 @@ _GROWTH = 8
 def plan_once(loaded: LoadedModel, batches: TokenBatches) -> float:
     """Seconds for the whole of planning: statistics, similarity, segmentation, decision."""
     started = time.perf_counter()
-    stats = collect_layer_stats(loaded.module, batches)
+    stats = collect_layer_stats(loaded.module, batches, task=LanguageTask())
     make_plan(stats, Budget(fraction=0.2), model=loaded.source.to_json())
     return time.perf_counter() - started
 

@@ -69,25 +69,37 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"cannot write {path}; {reason}; {advice} and run the same command again") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` atomically: temporary file, fsync, rename.
+@contextmanager
+def staged_file(final: Path) -> Iterator[Path]:
+    """A path to write one file to, that takes its final name only when the block ends without an error.
 
     Raises:
         StorageError: If the disk is full or the folder cannot be written; an older file stays as it was.
     """
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    with storage_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.name}.", suffix=".tmp")
+        os.close(handle)
+        staged = Path(name)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.chmod(name, 0o644)  # mkstemp makes private files; ours are ordinary
-            os.replace(name, path)
+            yield staged
+            os.chmod(staged, 0o644)  # mkstemp makes private files; ours are ordinary
+            _fsync(staged)
+            os.replace(staged, final)
+            _fsync(final.parent)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            staged.unlink(missing_ok=True)
             raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` atomically: temporary file, fsync, rename, fsync of the folder.
+
+    Raises:
+        StorageError: If the disk is full or the folder cannot be written; an older file stays as it was.
+    """
+    with staged_file(path) as staged:
+        staged.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -158,13 +170,17 @@ def staged_directory(final: Path) -> Iterator[Path]:
                 shutil.rmtree(outgoing, ignore_errors=True)
             else:
                 os.replace(staging, final)
+            _fsync(final.parent)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
 
 
-def _fsync(file: Path) -> None:
-    handle = os.open(file, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk; a rename is only there for good with its folder."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders, and keeps renames by itself
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -74,7 +74,7 @@ def grad_norm_scores(stats: LayerStats, definition: str = "parameter_l2") -> Imp
     if definition not in GRAD_NORM_DEFINITIONS:
         raise unknown_name("GradNorm definition", definition, GRAD_NORM_DEFINITIONS)
     field, criterion = GRAD_NORM_DEFINITIONS[definition]
-    return ImportanceScores(getattr(stats, field), criterion)
+    return ImportanceScores(stats.need(field), criterion)
 
 
 def block_influence_scores(stats: LayerStats) -> ImportanceScores:
@@ -83,7 +83,7 @@ def block_influence_scores(stats: LayerStats) -> ImportanceScores:
     Source:
         ShortGPT (arXiv:2403.03853), equation 1.
     """
-    return ImportanceScores(1.0 - stats.cosine, "block-influence")
+    return ImportanceScores(1.0 - stats.need("cosine"), "block-influence")
 
 
 def taylor_scores(stats: LayerStats) -> ImportanceScores:
@@ -93,7 +93,7 @@ def taylor_scores(stats: LayerStats) -> ImportanceScores:
         Shortened LLaMA (arXiv:2402.02834), the "Taylor" criterion; its "+" variant also protects the first four and
         last two layers, which here is the caller's choice (``prunable``).
     """
-    return ImportanceScores(stats.taylor, "taylor")
+    return ImportanceScores(stats.need("taylor"), "taylor")
 
 
 CRITERIA: Final[Mapping[str, Callable[[LayerStats], ImportanceScores]]] = {
@@ -103,6 +103,10 @@ CRITERIA: Final[Mapping[str, Callable[[LayerStats], ImportanceScores]]] = {
     "block-influence": block_influence_scores,
     "taylor": taylor_scores,
 }
+
+
+# The probe that each criterion reads; see :mod:`sglp_deploy.evidence.probes`.
+PROBE_OF: Final[Mapping[str, str]] = dict.fromkeys(CRITERIA, "gradients") | {"block-influence": "cosine"}
 
 
 def score(stats: LayerStats, criterion: str = "grad-norm") -> ImportanceScores:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,20 @@ def materialize(
             prove(module, pruned, stack, plan.keep)
         check_rebuild(pruned, plan.stack)
     return CompressedModel(pruned, plan, source, tokenizer)
+
+
+def with_config_changes(plan: PruningPlan, module: nn.Module, stack: str | None = None) -> PruningPlan:
+    """``plan`` with the stack it counts in and what it changes in the configuration, for a person to review.
+
+    Args:
+        plan: A plan for ``module``.
+        module: The unpruned model.
+        stack: Which stack, for a model that has several; the first when omitted.
+    """
+    chosen = layer_stack(module, stack)
+    changes = adapter_for(module).changes(module, chosen, plan.keep)
+    path = None if chosen.path == layer_stack(module).path else chosen.path
+    return replace(plan, stack=path, config_changes=tuple(change.to_json() for change in changes))
 
 
 def _check_configuration(module: nn.Module, pruned: nn.Module, entries: Sequence[str]) -> None:

@@ -6,34 +6,26 @@ checked on a machine that has none.
 
 from __future__ import annotations
 
-import importlib
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final
 
 import numpy as np
 
 from sglp_deploy import _io
-from sglp_deploy._names import unknown_name
-from sglp_deploy.errors import ArtifactError, ConfigError, PlanError
+from sglp_deploy.errors import ArtifactError, PlanError
 from sglp_deploy.evidence.statistics import LayerStats
-from sglp_deploy.planners.budget import (
-    Budget,
-    check_segments,
-    kept,
-    select_drops,
-    select_drops_for_parameters,
-    select_groups,
-)
+from sglp_deploy.overlay import OVERLAY_FILE, Overlay
+from sglp_deploy.planners.budget import Budget, check_segments, kept, resolve_drops, select_drops
+from sglp_deploy.planners.registry import planner, planner_names, read_options
+from sglp_deploy.planners.seam import Evidence, FixedEvidence, LayerDecision, Matrix
 
 __all__ = [
     "Budget",
     "LayerDecision",
-    "Planner",
-    "PlannerOptions",
     "PruningPlan",
     "by_hand_plan",
     "keep_all_plan",
@@ -43,70 +35,13 @@ __all__ = [
     "select_drops",
 ]
 
-SCHEMA: Final = "plan/2"  # history: 1 = first; 2 = stack, config_changes
-_ADDED_IN_2: Final[Mapping[str, Any]] = {"stack": None, "config_changes": ()}  # what a plan/1 means by saying nothing
-
-# Named, not imported: planners stand above this module and import it.
-PLANNERS: Final[Mapping[str, str]] = {"sglp": "sglp_deploy.planners.sglp:plan_layers"}
-PLANNER_GROUP: Final = "sglp_deploy.planners"
-
-Matrix = tuple[tuple[float, ...], ...]
-
-
-@dataclass(frozen=True)
-class PlannerOptions:
-    """What a caller may ask of a planner; a planner ignores what its method has no use for.
-
-    Attributes:
-        criterion: Name of the layer score (see :data:`sglp_deploy.importance.CRITERIA`).
-        n_segments: K, or None to let the method choose one the budget allows.
-        profile: What is cut into segments: "row_sum" or "rows".
-        estimator: CKA estimator (see :data:`sglp_deploy.similarity.ESTIMATORS`).
-        quota: "global" or "proportional".
-        seed: For methods that draw at random.
-        groups: Layers that can only go together (whole periods of a pattern), or empty.
-    """
-
-    criterion: str = "grad-norm"
-    n_segments: int | None = None
-    profile: str = "row_sum"
-    estimator: str = "unbiased"
-    quota: str = "proportional"
-    seed: int = 0
-    groups: tuple[tuple[int, ...], ...] = ()
-
-
-@dataclass(frozen=True)
-class LayerDecision:
-    """What a planner decided, before it is bound to a model and a calibration set.
-
-    Attributes:
-        drop: Layers to remove, in any order.
-        segments: Half-open ranges that cover the layers; one range for a method without segments.
-        segment_losses: Optimal loss for K = 1 ... L, or empty.
-        criterion: The key of ``scores`` that ranked the layers.
-        scores: Layer scores by criterion, each (L).
-        quota: How removals were shared between segments, or None.
-        similarity: CKA between layers, or None for a method that uses none.
-        elapsed_s: Wall time by stage.
-    """
-
-    drop: tuple[int, ...]
-    segments: tuple[tuple[int, int], ...]
-    segment_losses: tuple[float, ...]
-    criterion: str
-    scores: Mapping[str, tuple[float, ...]]
-    quota: str | None = None
-    similarity: Matrix | None = None
-    elapsed_s: Mapping[str, float] = field(default_factory=dict)
-
-
-class Planner(Protocol):
-    """A depth-pruning method: statistics and a budget in, a decision out; no model, no file, no clock but its own."""
-
-    def __call__(self, stats: LayerStats, budget: Budget, options: PlannerOptions) -> LayerDecision:
-        """Decide which layers go; :func:`resolve_drops` turns scores and segments into the answer."""
-        ...
+SCHEMA: Final = "plan/3"  # history: 1 = first; 2 = stack, config_changes; 3 = overlay, width, task
+VERSIONS: Final = (1, 2, 3)
+# What an older plan means by saying nothing.  A plan that says no more than that keeps the digest it had then, because
+# artifacts name their plan by it.
+_ADDED_IN_2: Final[Mapping[str, Any]] = {"stack": None, "config_changes": ()}
+_ADDED_IN_3: Final = ("overlay", "width", "task")
+LANGUAGE: Final = "language"  # the task of every measured plan before plans named one
 
 
 @dataclass(frozen=True)
@@ -135,6 +70,10 @@ class PruningPlan:
         stack: Path of the layer stack the numbers count in; None for the model's first.
         config_changes: Configuration entries that removing the layers changes, or that nobody knows the meaning of:
             ``{"entry", "before", "after", "rule"}``.
+        overlay: What is known of the weights the plan changes (:meth:`sglp_deploy.overlay.Overlay.named`), or None.
+        width: Kept channels by MLP; None, as no version prunes width yet.
+        task: What the layers were measured on ("language"), or None where nothing was measured.
+        weights: The overlay itself, where it is at hand; not part of the file.
 
     Raises:
         PlanError: If the fields contradict each other.
@@ -160,6 +99,10 @@ class PruningPlan:
     options: Mapping[str, Any] = field(default_factory=dict)
     stack: str | None = None
     config_changes: tuple[Mapping[str, Any], ...] = ()
+    overlay: Mapping[str, Any] | None = None
+    width: Mapping[str, Any] | None = None
+    task: str | None = None
+    weights: Overlay | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         fault = _fault(self)
@@ -168,7 +111,7 @@ class PruningPlan:
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``plan.json``: every field as JSON values, with the schema first."""
-        return {"schema": SCHEMA} | {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+        return {"schema": SCHEMA} | {name: _plain(getattr(self, name)) for name in _field_names()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PruningPlan:
@@ -179,12 +122,14 @@ class PruningPlan:
             PlanError: If the fields contradict each other.
         """
         if value.get("schema") == "plan/1":
-            value = {**_ADDED_IN_2, **value, "schema": SCHEMA}
+            value = {**_ADDED_IN_2, **value, "schema": "plan/2"}
+        if value.get("schema") == "plan/2":
+            value = {**_added_in_3(value.get("calibration")), **value, "schema": SCHEMA}
         if value.get("schema") != SCHEMA:
             raise ArtifactError(
                 f"the plan has schema {value.get('schema')!r}; this version reads {SCHEMA!r}; make the plan again"
             )
-        names = {item.name for item in fields(cls)}
+        names = set(_field_names())
         given = set(value) - {"schema"}
         if given != names:
             wrong = [f"{name} is missing" for name in sorted(names - given)]
@@ -202,37 +147,89 @@ class PruningPlan:
             facts["n_layers"], facts["seed"] = _whole(facts["n_layers"]), _whole(facts["seed"])
             for name in ("budget", "model", "versions", "elapsed_s", "options"):
                 facts[name] = dict(facts[name])
-            for name in ("calibration", "compensation"):
+            for name in ("calibration", "compensation", "overlay"):
                 facts[name] = None if facts[name] is None else dict(facts[name])
             facts["config_changes"] = tuple(dict(change) for change in facts["config_changes"])
+            if facts["task"] is not None and not isinstance(facts["task"], str):
+                raise TypeError(f"{facts['task']!r} is not the name of a task")
         except (TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"a field of the plan has the wrong type; {error}; make the plan again") from error
         return cls(**facts)
 
     def save(self, path: str | Path) -> None:
-        """Write ``plan.json`` atomically.
+        """Write ``plan.json`` atomically; the overlay is a file of its own (:meth:`save_overlay`).
 
         Raises:
             StorageError: If it cannot be written; an older file stays as it was.
         """
         _io.write_json(Path(path), self.to_json())
 
+    def save_overlay(self, folder: str | Path) -> Path | None:
+        """Write ``overlay.safetensors`` into ``folder``, where the plan changes weights; returns its path.
+
+        Raises:
+            PlanError: If the plan names an overlay that is not at hand.
+            StorageError: If it cannot be written; an older file stays as it was.
+        """
+        overlay = self.require_weights()
+        return None if overlay is None else overlay.save(Path(folder) / OVERLAY_FILE)
+
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
-        """Read a plan.
+        """Read a plan, and find the overlay it names where that lies beside it.
 
         Raises:
             ArtifactError: If the file is missing, not JSON, of an unknown schema, or malformed.
             PlanError: If the plan contradicts itself.
         """
-        return cls.from_json(_io.read_json(Path(path), "plan", (1, 2)))
+        file = Path(path)
+        plan = cls.from_json(_io.read_json(file, "plan", VERSIONS))
+        beside = file.with_name(OVERLAY_FILE)
+        return plan.with_weights_from(beside) if plan.overlay is not None and beside.is_file() else plan
+
+    def with_overlay(self, overlay: Overlay) -> PruningPlan:
+        """This decision with weights of its own."""
+        return replace(self, overlay=overlay.named(), weights=overlay)
+
+    def with_weights_from(self, path: str | Path) -> PruningPlan:
+        """This plan with the overlay it names, read from ``path`` when its tensors are first needed.
+
+        Raises:
+            PlanError: If the plan names none.
+            ArtifactError: If there is no such file.
+        """
+        if self.overlay is None:
+            raise PlanError(f"the plan changes no weights; {path} has nothing to do with it; leave the overlay out")
+        return replace(self, weights=Overlay.open(path, self.overlay))
+
+    def require_weights(self) -> Overlay | None:
+        """The overlay the plan names, or None where it names none.
+
+        Raises:
+            PlanError: If it names one that is not at hand, or another one is.
+        """
+        if self.overlay is None:
+            return None
+        named = str(self.overlay.get("digest"))
+        if self.weights is None:
+            raise PlanError(
+                f"the plan changes weights, and their file (digest {named[:12]}) is not at hand; without it the model "
+                f"would be another one; put {OVERLAY_FILE} beside the plan, or name it with --overlay"
+            )
+        if self.weights.digest != named:
+            raise PlanError(
+                f"the plan names an overlay of digest {named[:12]} and was given one of {self.weights.digest[:12]}; "
+                "they belong to different plans; give the one that was made with this plan"
+            )
+        return self.weights
 
     def digest(self) -> str:
         """SHA-256 of the plan without its wall times and versions: equal decisions have equal digests."""
         value = {k: v for k, v in self.to_json().items() if k not in ("elapsed_s", "versions")}
-        if all(getattr(self, name) == nothing for name, nothing in _ADDED_IN_2.items()):
-            # Artifacts written under plan/1 name their plan by this digest, and must go on being verified.
-            value = {k: v for k, v in value.items() if k not in _ADDED_IN_2} | {"schema": "plan/1"}
+        if _says_nothing_but(self, _added_in_3(self.calibration)):
+            value = {k: v for k, v in value.items() if k not in _ADDED_IN_3} | {"schema": "plan/2"}
+            if _says_nothing_but(self, _ADDED_IN_2):
+                value = {k: v for k, v in value.items() if k not in _ADDED_IN_2} | {"schema": "plan/1"}
         return _io.sha256_json(value)
 
     def check_model(self, fingerprint: str, n_layers: int, model_id: str = "") -> None:
@@ -251,58 +248,54 @@ class PruningPlan:
 
 
 def make_plan(
-    stats: LayerStats,
+    evidence: Evidence | LayerStats,
     budget: Budget,
     *,
     method: str = "sglp",
-    criterion: str = "grad-norm",
-    n_segments: int | None = None,
-    profile: str = "row_sum",
-    estimator: str = "unbiased",
-    quota: str = "proportional",
-    groups: tuple[tuple[int, ...], ...] = (),
+    groups: Sequence[Sequence[int]] = (),
     model: Mapping[str, Any],
     calibration: Mapping[str, Any] | None = None,
-    seed: int = 0,
+    task: str = LANGUAGE,
     keep_matrix: bool = True,
     versions: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> PruningPlan:
-    """Decide which layers to remove.  Equal input gives an equal plan; nothing is drawn at random.
+    """Decide which layers to remove.  Equal input gives an equal plan.
 
     Args:
-        stats: What the calibration pass left.
+        evidence: What the planner may look at: :meth:`sglp_deploy.compressor.Compressor.evidence`, or statistics that
+            were taken before.
         budget: How much to remove.
         method: Name of a planner, ours or a third party's (entry-point group ``sglp_deploy.planners``).
-        criterion: Layer score: "grad-norm", "grad-norm-weight-sum", "grad-norm-output", "block-influence", "taylor".
-        n_segments: K; when omitted, the least K that explains 95 % of the profile, as far as the budget allows.
-        profile: "row_sum" or "rows" of the similarity matrix.
-        estimator: CKA estimator: "unbiased", "biased" or "mean_of_ratios".
-        quota: "global" or "proportional".
         groups: Layers that can only go together (see :func:`sglp_deploy.models.patterns.pattern_groups`), or empty.
         model: ``{"id", "fingerprint", "config_digest", "gguf_file"}`` of the model.
-        calibration: Facts of the calibration set, its ``digest`` above all; counts come from ``stats``.
-        seed: Recorded, and given to planners that draw.
+        calibration: Facts of the calibration set, its ``digest`` above all; counts come from the evidence.
+        task: What the layers are measured on.
         keep_matrix: Store the similarity matrix in the plan.
         versions: Recorded; this package's, Python's and numpy's when omitted.
+        options: For the planner; its ``Options`` say which there are.
 
     Raises:
-        ConfigError: If a name is unknown; the message has the nearest match and the list.
+        ConfigError: If a name or an option is unknown; the message has the nearest match and the list.
         PlanError: If the budget cannot be met.
-        CalibrationError: If the statistics cannot support a plan.
+        CalibrationError: If the evidence cannot support a plan.
     """
-    options = PlannerOptions(criterion, n_segments, profile, estimator, quota, seed, groups)
-    decision = _planner(method)(stats, budget, options)
+    chosen = read_options(method, options)
+    seen: Evidence = FixedEvidence(evidence) if isinstance(evidence, LayerStats) else evidence
+    if groups:
+        seen = seen.constrained(groups)
+    decision = planner(method).decide(seen, budget, chosen)
     together = {layer for group in groups if set(group) <= set(decision.drop) for layer in group}
     if groups and together != set(decision.drop):
         raise PlanError(
             f"the planner {method!r} removed layers {sorted(set(decision.drop) - together)} alone, whose pattern has "
             "to stay; it does not support preserve_pattern; choose another method"
         )
-    counts = {"n_samples": stats.n_samples, "n_tokens": stats.n_tokens, "n_rows": stats.n_rows}
-    return PruningPlan(
+    record = seen.record()
+    plan = PruningPlan(
         method=method,
-        n_layers=stats.n_layers,
-        keep=kept(stats.n_layers, decision.drop),
+        n_layers=seen.n_layers,
+        keep=kept(seen.n_layers, decision.drop),
         drop=tuple(sorted(decision.drop)),
         segments=decision.segments,
         segment_losses=decision.segment_losses,
@@ -312,19 +305,20 @@ def make_plan(
         quota=decision.quota,
         budget=budget.to_json(),
         model=dict(model),
-        calibration={**(calibration or {}), **counts},
+        calibration={**(calibration or {}), **record["counts"]},
         compensation=None,
-        seed=seed,
+        seed=seen.seed,
         versions=dict(_versions() if versions is None else versions),
-        elapsed_s={"calibration": stats.elapsed_s, **decision.elapsed_s},
-        options={
-            "n_segments": n_segments,
-            "profile": profile,
-            "estimator": estimator,
-            "statistics": dict(stats.options),
-        }
+        elapsed_s={"calibration": record["elapsed_s"], **decision.elapsed_s},
+        # criterion and quota are fields of the plan itself.
+        options={name: value for name, value in asdict(chosen).items() if name not in ("criterion", "quota")}
+        | {"statistics": dict(record["options"])}
         | ({"groups": [list(group) for group in groups]} if groups else {}),
+        task=task,
     )
+    if decision.weights is None:
+        return plan
+    return plan.with_overlay(Overlay(decision.weights, [{"planner": method}]))
 
 
 def keep_all_plan(
@@ -385,56 +379,18 @@ def by_hand_plan(
     )
 
 
-def resolve_drops(
-    scores: Any,
-    segments: tuple[tuple[int, int], ...],
-    stats: LayerStats,
-    budget: Budget,
-    quota: str = "global",
-    groups: tuple[tuple[int, ...], ...] = (),
-) -> tuple[int, ...]:
-    """Layers to remove for any kind of budget, in the order they go (see :func:`select_drops`).
-
-    With ``groups`` whole groups go (see :func:`sglp_deploy.planners.budget.select_groups`), and ``quota`` has no say.
-
-    Raises:
-        PlanError: If the segments and the unprunable layers do not allow the budget.
-        ConfigError: If the quota is unknown.
-    """
-    n_drop = budget.n_drop(stats.n_layers)
-    if groups:
-        if n_drop is None:
-            raise PlanError(
-                "max_parameters cannot be combined with preserve_pattern; whole periods go, by number of layers; pass "
-                "drop or keep"
-            )
-        return select_groups(scores, segments, groups, n_drop)
-    if n_drop is not None:
-        return select_drops(scores, segments, stats.prunable, n_drop, quota)
-    assert budget.max_parameters is not None  # the only budget whose count the ranking decides
-    return select_drops_for_parameters(
-        scores, segments, stats.prunable, stats.parameters, stats.other_parameters, budget.max_parameters, quota
-    )
+def _field_names() -> list[str]:
+    """The fields that stand in the file."""
+    return [item.name for item in fields(PruningPlan) if item.name != "weights"]
 
 
-def planner_names() -> list[str]:
-    """Names ``make_plan`` accepts: ours and those of installed third parties."""
-    return sorted({*PLANNERS, *(entry.name for entry in metadata.entry_points(group=PLANNER_GROUP))})
+def _added_in_3(calibration: Any) -> dict[str, Any]:
+    """What a plan/2 means by saying nothing: every measured plan was one of language."""
+    return {"overlay": None, "width": None, "task": None if calibration is None else LANGUAGE}
 
 
-def _planner(method: str) -> Planner:
-    """The planner of that name; a third party's never replaces one of ours."""
-    if method in PLANNERS:
-        module, _, attribute = PLANNERS[method].partition(":")
-        return cast(Planner, getattr(importlib.import_module(module), attribute))
-    for entry in metadata.entry_points(group=PLANNER_GROUP, name=method):
-        try:
-            return cast(Planner, entry.load())
-        except Exception as error:
-            raise ConfigError(
-                f"the planner {method!r} ({entry.value}) cannot be loaded; {error}; reinstall or remove that package"
-            ) from error
-    raise unknown_name("method", method, planner_names())
+def _says_nothing_but(plan: PruningPlan, meant: Mapping[str, Any]) -> bool:
+    return all(getattr(plan, name) == value for name, value in meant.items())
 
 
 def _versions() -> dict[str, str]:
@@ -474,6 +430,10 @@ def _fault(plan: PruningPlan) -> str | None:
             return f"similarity is not {plan.n_layers} by {plan.n_layers}"
         if not np.isfinite(plan.similarity).all():
             return "similarity holds NaN or infinity"
+    if plan.width is not None:
+        return "it lists kept channels, and this version prunes no width"
+    if plan.overlay is not None and not isinstance(plan.overlay.get("digest"), str):
+        return "its overlay has no digest"
     missing = [name for name in ("id", "fingerprint") if not isinstance(plan.model.get(name), str)]
     return f"model lacks {' and '.join(missing)}" if missing else None
 

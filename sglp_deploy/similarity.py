@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sglp_deploy._names import unknown_name
 from sglp_deploy.errors import ArtifactError, CalibrationError, ConfigError
+from sglp_deploy.evidence.hsic import gram, hsic_terms
 from sglp_deploy.evidence.statistics import LayerStats
 
 SCHEMA: Final = "similarity/1"  # history: 1 = first
@@ -26,56 +27,9 @@ ESTIMATORS: Final[Mapping[str, str]] = {
     "mean_of_ratios": "cka_batch_mean",
 }
 
-_MIN_ROWS: Final = 4  # the unbiased estimator divides by n - 3
 # |CKA| <= 1 by Cauchy-Schwarz, for sums over minibatches too; float32 Gram matrices overshoot by about 1e-6.
 _OVERSHOOT: Final = 1e-4
 _EPS: Final = float(np.finfo(np.float64).eps)
-
-
-def gram(x: ArrayLike) -> NDArray[np.float64]:
-    """Inner products between the rows of ``x``: shape (n, d) to (n, n), in float64, not centred."""
-    rows = np.asarray(x, dtype=np.float64)
-    return rows @ rows.T
-
-
-def hsic_terms(grams: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """HSIC between every two of L representations of the same n rows.
-
-    All Gram matrices are centred at once and multiplied once: O(L^2 n^2) time, O(L n^2) memory, in float64.
-
-    Args:
-        grams: One Gram matrix per layer, shape (L, n, n), symmetric, n >= 4.
-
-    Returns:
-        ``(unbiased, biased)``, each (L, L) and symmetric.  ``unbiased`` is HSIC_1 of Song et al., computed as the
-        inner product of U-centred matrices divided by n (n - 3); ``biased`` is tr(K H L H) / (n - 1)^2.
-
-    Raises:
-        ConfigError: If the shape is not (L, n, n) or n < 4.
-
-    Source:
-        Song et al. (2012), JMLR 13, 1393-1434; U-centring: Szekely and Rizzo (2014), Annals of Statistics 42,
-        2382-2412; both estimators for CKA: Kornblith et al. (2019), Nguyen et al. (2021).
-    """
-    kernels = np.array(grams, dtype=np.float64)
-    if kernels.ndim != 3 or kernels.shape[1] != kernels.shape[2]:
-        raise ConfigError(f"grams has shape {kernels.shape}; one square matrix per layer is needed; pass (L, n, n)")
-    n_layers, n, _ = kernels.shape
-    if n < _MIN_ROWS:
-        raise ConfigError(f"{n} rows are too few; unbiased HSIC divides by n - 3; pass at least {_MIN_ROWS} rows")
-    means = kernels.mean(axis=1, keepdims=True)
-    centred = kernels - means - means.transpose(0, 2, 1) + means.mean(axis=2, keepdims=True)
-    flat = centred.reshape(n_layers, -1)
-    biased = flat @ flat.T / (n - 1) ** 2
-
-    diagonal = np.arange(n)
-    kernels[:, diagonal, diagonal] = 0.0
-    sums = kernels.sum(axis=1, keepdims=True)
-    kernels -= (sums + sums.transpose(0, 2, 1)) / (n - 2)
-    kernels += sums.sum(axis=2, keepdims=True) / ((n - 1) * (n - 2))
-    kernels[:, diagonal, diagonal] = 0.0
-    flat = kernels.reshape(n_layers, -1)
-    return flat @ flat.T / (n * (n - 3)), biased
 
 
 def linear_cka(x: ArrayLike, y: ArrayLike, unbiased: bool = True) -> float:
@@ -186,7 +140,7 @@ class SimilarityMatrix:
         """
         if estimator not in ESTIMATORS:
             raise unknown_name("CKA estimator", estimator, ESTIMATORS)
-        sums = stats.hsic_biased if estimator == "biased" else stats.hsic_unbiased
+        sums = stats.need("hsic_biased" if estimator == "biased" else "hsic_unbiased")
         own = np.diag(sums)
         for layer in np.flatnonzero(own <= 0):
             raise CalibrationError(
@@ -195,7 +149,7 @@ class SimilarityMatrix:
                 "more varied samples, or check the layer's weights"
             )
         if estimator == "mean_of_ratios":
-            values = stats.cka_batch_mean.copy()
+            values = stats.need("cka_batch_mean").copy()
         else:
             root = np.sqrt(own)
             values = sums / root[:, None] / root[None, :]

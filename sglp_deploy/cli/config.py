@@ -44,8 +44,8 @@ from typing import Any
 from sglp_deploy._names import unknown_name
 from sglp_deploy.errors import ConfigError
 from sglp_deploy.importance import CRITERIA
-from sglp_deploy.plan import PLANNERS, planner_names
 from sglp_deploy.planners.budget import QUOTAS, Budget
+from sglp_deploy.planners.registry import PLANNERS, planner_names
 from sglp_deploy.similarity import ESTIMATORS
 
 DTYPES = ("fp32", "fp16", "bf16")

@@ -41,7 +41,8 @@ from sglp_deploy.errors import (
 )
 from sglp_deploy.isolation import environments
 from sglp_deploy.parity.certificate import ParityReport
-from sglp_deploy.plan import PLANNER_GROUP, PruningPlan
+from sglp_deploy.plan import PruningPlan
+from sglp_deploy.planners.registry import PLANNER_GROUP
 
 if TYPE_CHECKING:
     from sglp_deploy.compressor import Compressor

@@ -219,7 +219,7 @@ def run_plugins(arguments: argparse.Namespace, console: Console) -> int:
     del arguments
     from sglp_deploy import registry
     from sglp_deploy.cli.ledger import provider
-    from sglp_deploy.plan import PLANNER_GROUP, planner_names
+    from sglp_deploy.planners.registry import PLANNER_GROUP, planner_names
 
     lines = [
         {"kind": "exporter", "name": line.name, "version": line.version, "origin": line.origin, "reason": line.reason}

@@ -13,13 +13,15 @@ from sglp_deploy.errors import ArtifactError, CalibrationError
 
 _MATRICES = ("hsic_unbiased", "hsic_biased", "cka_batch_mean")
 _VECTORS = ("cosine", "grad_l2", "grad_weight_sum", "grad_output", "taylor")
+MEASURED = (*_MATRICES, *_VECTORS)  # the fields that probes fill
 
 
 @dataclass(frozen=True)
 class LayerStats:
     """Sums over the calibration set, per layer or per pair of layers.
 
-    L layers; layer ``l`` maps the residual stream ``h_l`` to ``h_{l+1}``; a layer's representation is its output.
+    L layers; layer ``l`` maps the residual stream ``h_l`` to ``h_{l+1}``; a layer's representation is its output.  A
+    field whose probe was not asked for is None; :meth:`need` is the way to read one.
 
     Attributes:
         layer_names: Qualified module names, in order (L).
@@ -35,7 +37,7 @@ class LayerStats:
             norm (L); biases and norms excluded.
         grad_output: Mean over minibatches of the Frobenius norm of the loss gradient in the layer's output (L).
         taylor: Mean over minibatches of sum |w * dloss/dw| over the layer's parameters (L).
-        loss: Mean causal language-model loss on the calibration set, nats per token.
+        loss: Mean loss of the task on the calibration set, nats per prediction.
         n_samples: Sequences seen.
         n_tokens: Tokens seen, padding excluded.
         n_rows: Rows that entered the similarity, over all minibatches.
@@ -47,34 +49,34 @@ class LayerStats:
     prunable: tuple[bool, ...]
     parameters: NDArray[np.int64]
     other_parameters: int
-    hsic_unbiased: NDArray[np.float64]
-    hsic_biased: NDArray[np.float64]
-    cka_batch_mean: NDArray[np.float64]
-    cosine: NDArray[np.float64]
-    grad_l2: NDArray[np.float64]
-    grad_weight_sum: NDArray[np.float64]
-    grad_output: NDArray[np.float64]
-    taylor: NDArray[np.float64]
     loss: float
     n_samples: int
     n_tokens: int
     n_rows: int
+    hsic_unbiased: NDArray[np.float64] | None = None
+    hsic_biased: NDArray[np.float64] | None = None
+    cka_batch_mean: NDArray[np.float64] | None = None
+    cosine: NDArray[np.float64] | None = None
+    grad_l2: NDArray[np.float64] | None = None
+    grad_weight_sum: NDArray[np.float64] | None = None
+    grad_output: NDArray[np.float64] | None = None
+    taylor: NDArray[np.float64] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     elapsed_s: float = 0.0
 
     def __post_init__(self) -> None:
         n_layers = len(self.layer_names)
-        for name in ("prunable", "parameters", *_VECTORS):
+        measured = self.measured
+        for name in ("prunable", "parameters", *(name for name in _VECTORS if name in measured)):
             if np.shape(getattr(self, name)) != (n_layers,):
                 raise ValueError(f"{name} has shape {np.shape(getattr(self, name))}, expected {(n_layers,)}")
-        for name in _MATRICES:
-            value = getattr(self, name)
+        for name in (name for name in _MATRICES if name in measured):
+            value = measured[name]
             if value.shape != (n_layers, n_layers):
                 raise ValueError(f"{name} has shape {value.shape}, expected {(n_layers, n_layers)}")
             if not np.allclose(value, value.T, rtol=1e-6, atol=1e-12, equal_nan=True):
                 raise ValueError(f"{name} is not symmetric")
-        for name in (*_MATRICES, *_VECTORS):
-            value = getattr(self, name)
+        for name, value in measured.items():
             bad = ~np.isfinite(value)
             if bad.any():
                 layer = int(np.argwhere(bad)[0][-1])
@@ -87,6 +89,25 @@ class LayerStats:
     def n_layers(self) -> int:
         """L, the number of layers."""
         return len(self.layer_names)
+
+    @property
+    def measured(self) -> dict[str, NDArray[np.float64]]:
+        """What probes left, by field."""
+        found = {name: getattr(self, name) for name in MEASURED}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def need(self, name: str) -> NDArray[np.float64]:
+        """The field ``name``, shape (L,) or (L, L).
+
+        Raises:
+            CalibrationError: If no probe has taken it.
+        """
+        measured = self.measured
+        if name not in measured:
+            raise CalibrationError(
+                f"the statistics lack {name}; its probe was not asked for; take them again with the probe that has it"
+            )
+        return measured[name]
 
     def to_json(self) -> dict[str, Any]:
         """Every field as JSON values, without a schema (a run folder caches it beside the plan)."""
@@ -105,7 +126,7 @@ class LayerStats:
         """
         try:
             facts: dict[str, Any] = {
-                name: np.asarray(value[name], dtype=np.float64) for name in (*_MATRICES, *_VECTORS)
+                name: None if value[name] is None else np.asarray(value[name], dtype=np.float64) for name in MEASURED
             }
             facts |= {name: int(value[name]) for name in ("other_parameters", "n_samples", "n_tokens", "n_rows")}
             facts |= {name: float(value[name]) for name in ("loss", "elapsed_s")}

@@ -179,6 +179,10 @@ class CalibrationSet:
             return cls.from_dataset(given.removeprefix("hf:"), **options)
         return cls.from_text(given, **options)
 
+    def facts(self, batches: TokenBatches) -> dict[str, Any]:
+        """What a plan records of it: the digest of its rows, where they came from, and their length."""
+        return {"digest": batches.digest, "source": self.source, "sequence_length": self.sequence_length}
+
     def resized(self, max_tokens: int) -> CalibrationSet:
         """The same documents with another token budget."""
         return replace(self, max_tokens=max_tokens)

@@ -57,6 +57,18 @@ class LayerStack:
         """Whether several layers are one and the same module, run in a loop (ALBERT)."""
         return len({id(layer) for layer in self.layers}) < len(self.layers)
 
+    def check_distinct(self, model: str) -> None:
+        """Refuse to measure layers that are one module, of a model of the class called ``model``.
+
+        Raises:
+            UnsupportedModelError: Saying how to plan without measuring.
+        """
+        if self.shares_one_module:
+            raise UnsupportedModelError(
+                f"the layers of {model} are one module run {self.n_layers} times; there is nothing to choose between; "
+                "name the layers yourself: plan MODEL --drop-layers 2,5 (Compressor.plan_by_hand)"
+            )
+
     def check_removable(self, drop: Sequence[int]) -> None:
         """Refuse to remove a pinned layer.
 

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sglp_deploy._names import unknown_name
 from sglp_deploy.errors import MissingDependencyError, UnsupportedModelError
@@ -75,6 +75,20 @@ def layer_stack(module: nn.Module, name: str | None = None) -> LayerStack:
         if name in (stack.path, stack.side):
             return stack
     raise unknown_name("layer stack", name, [stack.side if len(stacks) > 1 else stack.path for stack in stacks])
+
+
+def parameter_sizes(module: nn.Module, stack: LayerStack) -> dict[str, Any]:
+    """Parameter counts as plans record them: ``parameters``, ``layer_parameters`` (L) and ``head_parameters``.
+
+    A speedup's ceiling is worked out from them; tied parameters are counted once in ``parameters``.
+    """
+    find_head: Any = getattr(module, "get_output_embeddings", lambda: None)
+    head = find_head()
+    return {
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "layer_parameters": [sum(p.numel() for p in layer.parameters()) for layer in stack.layers],
+        "head_parameters": 0 if head is None else sum(p.numel() for p in head.parameters()),
+    }
 
 
 def _adapters() -> Iterator[Adapter]:

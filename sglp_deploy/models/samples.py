@@ -44,20 +44,6 @@ def generates(module: nn.Module) -> bool:
     return bool(can is not None and can() and main_input(module) == "input_ids" and not is_encoder_decoder(module))
 
 
-def require_next_token_loss(module: nn.Module) -> None:
-    """Refuse a model that predicts no next token, by which layers and quality are measured.
-
-    Raises:
-        UnsupportedModelError: Saying how to plan without measuring.
-    """
-    if not generates(module):
-        raise UnsupportedModelError(
-            f"{type(module).__name__} has no next-token loss to measure by; planning and judging by measurement are "
-            "for decoder language models; name the layers yourself: plan MODEL --drop-layers 2,5 "
-            "(Compressor.plan_by_hand)"
-        )
-
-
 def is_encoder_decoder(module: nn.Module) -> bool:
     """Whether it reads one sequence and writes another."""
     return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))

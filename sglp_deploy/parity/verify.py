@@ -14,8 +14,8 @@ from torch import nn
 
 from sglp_deploy import materialize as materializing
 from sglp_deploy import registry
-from sglp_deploy.artifact import ExportArtifact
-from sglp_deploy.errors import ArtifactError, ConfigError
+from sglp_deploy.artifact import PLAN_FILE, ExportArtifact
+from sglp_deploy.errors import ArtifactError, ConfigError, PlanError
 from sglp_deploy.materialize import CompressedModel
 from sglp_deploy.models import layer_stack, precision
 from sglp_deploy.models.proof import passed_over
@@ -26,13 +26,62 @@ from sglp_deploy.parity.decoder import BEYOND_WINDOW, DECODE_STEPS, check_parity
 from sglp_deploy.parity.diagnosis import cache_faults, read_stored, stored_type_fault, weight_faults
 from sglp_deploy.parity.forward import check_forward_parity, forward_cases, most_tokens
 from sglp_deploy.parity.reference import TorchRunner
+from sglp_deploy.plan import PruningPlan
 from sglp_deploy.protocols import GeneratingRunner, Runner
+from sglp_deploy.tasks import task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from sglp_deploy.evidence.text import CalibrationSet, TokenBatches
+    from sglp_deploy.models import LoadedModel
+
 # A window this long costs minutes to go beyond on a CPU; longer ones are left to the user's own prompts.
 LONGEST_WINDOW_CHECKED = 4096
+_PROMPT_TEXT_TOKENS = 8_192
+
+
+def verify_with_plan(
+    artifact: ExportArtifact,
+    loaded: LoadedModel,
+    plan: PruningPlan | None,
+    *,
+    text: CalibrationSet | None = None,
+    calibration: Callable[[], TokenBatches],
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ParityReport:
+    """:func:`verify_artifact` for a model and a plan that a user gives.
+
+    Args:
+        artifact: What to certify.
+        loaded: The unpruned model, its tokenizer and its identity.
+        plan: The plan the artifact was made by; read from its folder when None.
+        text: Natural text for the prompts; the held-out built-in prose when omitted.
+        calibration: Rows for the prompts of a model without a tokenizer.
+        threads: Threads for both sides.
+        progress: Called with (cases done, cases in all).
+
+    Raises:
+        PlanError: If the artifact belongs to another model or plan.
+    """
+    plan = plan or PruningPlan.load(artifact.path / PLAN_FILE)
+    if plan.digest() != artifact.plan_digest:
+        raise PlanError(
+            f"the artifact in {artifact.path} was made by another plan ({artifact.plan_digest[:12]}, not "
+            f"{plan.digest()[:12]}); a certificate would be about something else; give the plan it was made by"
+        )
+
+    def tokens() -> NDArray[np.int64]:
+        if text is None and loaded.tokenizer is None:
+            # No tokenizer, no natural text: the calibration rows are what this model was given.
+            batches = calibration()
+            return np.asarray(batches.input_ids[batches.attention_mask == 1])
+        task = task_of(loaded.module)
+        return task.prompts(text or task.held_out(max_tokens=_PROMPT_TEXT_TOKENS), loaded)
+
+    pruned = materializing.materialize(loaded.module, plan, loaded.source, tokenizer=loaded.tokenizer)
+    return verify_artifact(artifact, loaded.module, pruned, tokens=tokens, threads=threads, progress=progress)
 
 
 def verify_artifact(

@@ -1,1 +1,1 @@
-"""One depth-pruning method per file, each a :class:`sglp_deploy.plan.Planner`; ``make_plan`` finds them by name."""
+"""Evidence and a budget in, a decision out: one depth-pruning method per file, found by name in the registry."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -104,6 +104,91 @@ class Budget:
     def to_json(self) -> dict[str, Any]:
         """The one field that is set, by name."""
         return {name: getattr(self, name) for name in _FIELDS if getattr(self, name) is not None}
+
+
+def check_parameter_budget(budget: Budget, sizes: Mapping[str, Any]) -> None:
+    """Refuse a parameter budget below the model with its smallest layer alone; segments may still ask for more.
+
+    Args:
+        budget: Any budget; one that counts layers passes.
+        sizes: ``parameters`` and ``layer_parameters`` of the model.
+
+    Raises:
+        PlanError: With the least number of parameters that can be met.
+    """
+    least = sizes["parameters"] - sum(sizes["layer_parameters"]) + min(sizes["layer_parameters"])
+    if budget.max_parameters is not None and budget.max_parameters < least:
+        raise PlanError(
+            f"max_parameters={budget.max_parameters} cannot be met; embeddings, head and one layer alone have {least} "
+            f"of {sizes['parameters']}; pass max_parameters>={least}"
+        )
+
+
+class LayerFacts(Protocol):
+    """What removal must know of the layers; statistics and evidence both have it."""
+
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        ...
+
+    @property
+    def prunable(self) -> tuple[bool, ...]:
+        """Whether each layer may be removed (L)."""
+        ...
+
+    @property
+    def parameters(self) -> NDArray[np.int64]:
+        """Parameters in each layer (L)."""
+        ...
+
+    @property
+    def other_parameters(self) -> int:
+        """Parameters outside the layers."""
+        ...
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Layers that can only go together, or empty."""
+        ...
+
+
+def resolve_drops(
+    scores: ArrayLike,
+    segments: Sequence[tuple[int, int]],
+    layers: LayerFacts,
+    budget: Budget,
+    quota: str = "global",
+) -> tuple[int, ...]:
+    """Layers to remove for any kind of budget, in the order they go (see :func:`select_drops`).
+
+    Where layers can only go together whole groups go (see :func:`select_groups`), and ``quota`` has no say.
+
+    Args:
+        scores: Importance of each layer, shape (L,), finite.
+        segments: Half-open ranges that cover 0..L in order; one range for a method without segments.
+        layers: The evidence a planner is given.
+        budget: How much to remove.
+        quota: "global" or "proportional".
+
+    Raises:
+        PlanError: If the segments and the unprunable layers do not allow the budget.
+        ConfigError: If the quota is unknown.
+    """
+    n_drop = budget.n_drop(layers.n_layers)
+    if layers.groups:
+        if n_drop is None:
+            raise PlanError(
+                "max_parameters cannot be combined with preserve_pattern; whole periods go, by number of layers; pass "
+                "drop or keep"
+            )
+        return select_groups(scores, segments, layers.groups, n_drop)
+    if n_drop is not None:
+        return select_drops(scores, segments, layers.prunable, n_drop, quota)
+    assert budget.max_parameters is not None  # the only budget whose count the ranking decides
+    return select_drops_for_parameters(
+        scores, segments, layers.prunable, layers.parameters, layers.other_parameters, budget.max_parameters, quota
+    )
 
 
 def select_drops(

@@ -1,10 +1,10 @@
-"""What pruning cost: perplexity on text the plan has never seen, dense against pruned, with its protocol stated."""
+"""Decoder language models: the loss of the next token, and perplexity on text a plan has never seen."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -12,11 +12,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sglp_deploy.errors import CalibrationError
-from sglp_deploy.evidence.text import TokenBatches
-from sglp_deploy.models.samples import require_next_token_loss
+from sglp_deploy.evidence.text import CalibrationSet, TokenBatches
+from sglp_deploy.models import LoadedModel
+from sglp_deploy.models.samples import generates
+from sglp_deploy.tasks import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 SCHEMA = "quality/1"  # history: 1 = first
 _RESAMPLES = 2_000
@@ -55,6 +59,68 @@ class Perplexity:
         }
 
 
+class LanguageTask:
+    """See :class:`sglp_deploy.tasks.base.Task`; a batch is token ids and their mask, each (batch, seq)."""
+
+    name = "language"
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why ``module`` predicts no next token, or None."""
+        return None if generates(module) else "has no next-token loss to measure by"
+
+    def encode(self, data: CalibrationSet, loaded: LoadedModel) -> TokenBatches:
+        """Rows of tokens; see :meth:`sglp_deploy.evidence.text.CalibrationSet.encode`."""
+        return data.encode(loaded.tokenizer)
+
+    def held_out(self, **options: Any) -> CalibrationSet:
+        """The held-out share of the built-in prose."""
+        return CalibrationSet.builtin_held_out(**options)
+
+    def check(self, module: nn.Module, batches: TokenBatches) -> None:
+        """Refuse tokens outside the model's vocabulary."""
+        require(self, module)
+        vocabulary = cast("PreTrainedModel", module).get_input_embeddings().num_embeddings
+        low, high = int(batches.input_ids.min()), int(batches.input_ids.max())
+        if low < 0 or high >= vocabulary:
+            raise CalibrationError(
+                f"token {low if low < 0 else high} is outside the model's vocabulary of {vocabulary}; the token ids "
+                "belong to another model; encode the text with this model's tokenizer"
+            )
+
+    def loss(self, module: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+        """Mean cross entropy of the next token, nats; each row's first token is not predicted."""
+        model = cast("PreTrainedModel", module)
+        ids, mask = (torch.from_numpy(part).to(model.device) for part in batch)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # the model's own numbering would count padding on the left
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        # Padding neither is predicted nor predicts: on the left, its last position would guess the first real token.
+        labels = ids[:, 1:].masked_fill((mask[:, 1:] == 0) | (mask[:, :-1] == 0), -100)
+        loss = nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=-100
+        )
+        return loss, int((labels != -100).sum())
+
+    def valid(self, batch: Batch) -> NDArray[np.bool_]:
+        """Tokens, padding excluded."""
+        return np.asarray(batch[1] == 1)
+
+    def evaluate(
+        self, module: nn.Module, batches: TokenBatches, *, progress: Callable[[int, int], None] | None = None
+    ) -> Perplexity:
+        """See :func:`perplexity`."""
+        return perplexity(cast("PreTrainedModel", module), batches, progress=progress)
+
+    def compare(self, dense: Perplexity, pruned: Perplexity, batches: TokenBatches, source: str) -> dict[str, Any]:
+        """See :func:`quality_report`."""
+        return quality_report(dense, pruned, batches, source)
+
+    def prompts(self, data: CalibrationSet, loaded: LoadedModel) -> NDArray[np.int64]:
+        """The tokens of ``data`` in a row, padding left out."""
+        batches = self.encode(data, loaded)
+        tokens: NDArray[np.int64] = batches.input_ids[batches.attention_mask == 1]
+        return tokens
+
+
 def perplexity(
     model: PreTrainedModel, batches: TokenBatches, *, progress: Callable[[int, int], None] | None = None
 ) -> Perplexity:
@@ -69,7 +135,7 @@ def perplexity(
         UnsupportedModelError: If the model predicts no next token.
         CalibrationError: If the loss is not finite, too large for a perplexity, or no token is predicted.
     """
-    require_next_token_loss(model)
+    require(LanguageTask(), model)
     nats, predictions = [], []
     for done, (ids, mask) in enumerate(batches):
         tokens = torch.from_numpy(ids).to(model.device)

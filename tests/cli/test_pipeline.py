@@ -442,7 +442,7 @@ def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (site / "slowpoke-1.0.dist-info").mkdir(parents=True)
     (site / "slowpoke-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: slowpoke\nVersion: 1.0\n")
     (site / "slowpoke-1.0.dist-info" / "entry_points.txt").write_text(
-        "[sglp_deploy.exporters]\nslowpoke = slowpoke:Exporter\n[sglp_deploy.planners]\nslowpoke = slowpoke:plan\n"
+        "[sglp_deploy.exporters]\nslowpoke = slowpoke:Exporter\n[sglp_deploy.planners]\nslowpoke = slowpoke:Planner\n"
     )
     (site / "slowpoke.py").write_text(
         "import pathlib, time\n"
@@ -460,10 +460,12 @@ def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "            (folder / 'half').write_text('half')\n"
         "            wait()\n"
         "        return super().export(model, out_dir, **options)\n"
-        "def plan(stats, budget, options):\n"
-        "    from sglp_deploy.planners.sglp import plan_layers\n"
-        "    wait()\n"
-        "    return plan_layers(stats, budget, options)\n"
+        "from sglp_deploy.planners.sglp import SglpPlanner\n"
+        "class Planner(SglpPlanner):\n"
+        "    name = 'slowpoke'\n"
+        "    def decide(self, evidence, budget, options):\n"
+        "        wait()\n"
+        "        return super().decide(evidence, budget, options)\n"
     )
     monkeypatch.syspath_prepend(str(site))
     return site

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from sglp_deploy import CalibrationSet, Compressor, registry
-from sglp_deploy import compressor as compressor_module
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, CalibrationError, ConfigError, ParityError, PlanError
+from sglp_deploy.evidence import lazy
 from sglp_deploy.models import LoadedModel
 from sglp_deploy.plan import PruningPlan
 
@@ -142,13 +142,13 @@ def test_evaluate_uses_the_held_out_prose_in_chunks_of_512_when_no_text_is_given
 
 def test_statistics_are_taken_once_for_all_plans(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    collect = compressor_module.collect_layer_stats
+    collect = lazy.collect_layer_stats
 
     def counted(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         return collect(*arguments, **options)
 
-    monkeypatch.setattr(compressor_module, "collect_layer_stats", counted)
+    monkeypatch.setattr(lazy, "collect_layer_stats", counted)
     fresh = Compressor.from_pretrained(folder, calibration=CalibrationSet.builtin(**SMALL))
     fresh.keep_all()
     assert calls == []
@@ -216,12 +216,12 @@ def test_what_cannot_work_is_refused_before_calibration(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("calibration was started")
 
-    monkeypatch.setattr(compressor_module, "collect_layer_stats", never)
+    monkeypatch.setattr(lazy, "collect_layer_stats", never)
     fresh = Compressor.from_pretrained(folder)
     with pytest.raises(error) as caught:
         fresh.plan(**arguments)
     assert str(caught.value).startswith(message)
-    with pytest.raises(TypeError, match="n_segment"):
+    with pytest.raises(ConfigError, match=r"unknown option of planner 'sglp' 'n_segment'; .*did you mean 'n_segments'"):
         fresh.plan(drop=1, n_segment=3)
 
 

@@ -17,7 +17,7 @@ from sglp_deploy.plan import Budget, PruningPlan, keep_all_plan, make_plan, plan
 
 LITERAL = """
 {
-  "schema": "plan/2",
+  "schema": "plan/3",
   "method": "sglp",
   "n_layers": 4,
   "keep": [0, 3],
@@ -37,11 +37,17 @@ LITERAL = """
   "elapsed_s": {"calibration": 1.5},
   "options": {"n_segments": null, "profile": "row_sum"},
   "stack": "model.layers",
-  "config_changes": [{"entry": "num_hidden_layers", "before": 4, "after": 2, "rule": "number of layers"}]
+  "config_changes": [{"entry": "num_hidden_layers", "before": 4, "after": 2, "rule": "number of layers"}],
+  "overlay": null,
+  "width": null,
+  "task": "language"
 }
 """
+# As written before plans knew overlays and tasks.
+LITERAL_2 = json.loads(LITERAL) | {"schema": "plan/2"}
+del LITERAL_2["overlay"], LITERAL_2["width"], LITERAL_2["task"]
 # As written before plans knew stacks and configuration changes.
-LITERAL_1 = json.loads(LITERAL) | {"schema": "plan/1"}
+LITERAL_1 = LITERAL_2 | {"schema": "plan/1"}
 del LITERAL_1["stack"], LITERAL_1["config_changes"]
 
 
@@ -67,7 +73,7 @@ def test_a_plan_file_is_read_field_by_field_and_written_as_it_was(tmp_path: Path
 
 
 def test_the_digest_is_the_sha256_of_the_plan_without_times_and_versions() -> None:
-    value = json.loads(LITERAL)
+    value = json.loads(LITERAL) | {"task": "classification"}  # says more than a plan/2 could
     plan = PruningPlan.from_json(value)
     del value["elapsed_s"], value["versions"]
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
@@ -83,11 +89,23 @@ def test_a_plan_of_the_first_schema_means_the_first_stack_and_keeps_its_digest(t
     hashed = {name: value for name, value in LITERAL_1.items() if name not in ("elapsed_s", "versions")}
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     assert plan.digest() == digest
-    plan.save(tmp_path / "again.json")  # as plan/2, and still the same decision
-    assert json.loads((tmp_path / "again.json").read_text())["schema"] == "plan/2"
+    plan.save(tmp_path / "again.json")  # as plan/3, and still the same decision
+    assert json.loads((tmp_path / "again.json").read_text())["schema"] == "plan/3"
     assert PruningPlan.load(tmp_path / "again.json") == plan
     assert PruningPlan.load(tmp_path / "again.json").digest() == digest
     assert dataclasses.replace(plan, stack="encoder.block").digest() != digest
+
+
+def test_a_plan_of_the_second_schema_was_measured_on_language_and_keeps_its_digest(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(LITERAL_2))
+    plan = PruningPlan.load(tmp_path / "plan.json")
+    assert (plan.overlay, plan.width, plan.task) == (None, None, "language")
+    hashed = {name: value for name, value in LITERAL_2.items() if name not in ("elapsed_s", "versions")}
+    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    assert plan.digest() == digest
+    assert PruningPlan.from_json(json.loads(LITERAL)).digest() == digest
+    assert PruningPlan.from_json(LITERAL_2 | {"calibration": None}).task is None
+    assert dataclasses.replace(plan, task="classification").digest() != digest
 
 
 def test_by_default_every_segment_gives_in_proportion_to_its_size() -> None:
@@ -254,7 +272,7 @@ def test_a_plan_that_contradicts_itself_is_refused(changes: dict[str, Any], faul
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": "plan/3"}, "the plan has schema 'plan/3'; this version reads 'plan/2'; make the plan again"),
+        ({"schema": "plan/4"}, "the plan has schema 'plan/4'; this version reads 'plan/3'; make the plan again"),
         ({"kept": []}, "the plan's fields are wrong; kept is unknown; make the plan again"),
         ({"keep": [0.0, 3.0]}, r"a field of the plan has the wrong type; 0\.0 is not a whole number"),
         ({"keep": 3}, "a field of the plan has the wrong type"),
@@ -279,7 +297,8 @@ def test_a_plan_with_a_field_missing_is_refused() -> None:
 def test_a_file_that_is_no_plan_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"schema": "artifact/1"}')
     with pytest.raises(
-        ArtifactError, match=r"manifest\.json has schema 'artifact/1'; this version reads 'plan/1' and 'plan/2'"
+        ArtifactError,
+        match=r"manifest\.json has schema 'artifact/1'; this version reads 'plan/1' and 'plan/2' and 'plan/3'",
     ):
         PruningPlan.load(tmp_path / "manifest.json")
 
@@ -290,11 +309,26 @@ def test_an_unknown_method_gets_the_nearest_match_and_the_list() -> None:
 
 
 PLUGIN = """
-from sglp_deploy.plan import LayerDecision
+from dataclasses import dataclass
+from sglp_deploy.planners.seam import LayerDecision
 
-def last_layer(stats, budget, options):
-    n = stats.n_layers
-    return LayerDecision((n - 1,), ((0, n),), (), "depth", {"depth": tuple(float(n - i) for i in range(n))})
+@dataclass(frozen=True)
+class TailOptions:
+    offset: int = 0
+    share: float = 0.5
+
+class Tail:
+    name = "tail"
+    source = "none"
+    Options = TailOptions
+
+    def decide(self, evidence, budget, options):
+        n = evidence.n_layers
+        depth = {"depth": tuple(float(n - i) for i in range(n))}
+        return LayerDecision((n - 1 - options.offset,), ((0, n),), (), "depth", depth)
+
+def function(stats, budget, options):
+    return None
 """
 
 
@@ -303,8 +337,8 @@ def install_plugin(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[sglp_deploy.planners]\ntail = third_party_planner:last_layer\nbroken = third_party_planner:gone\n"
-        "sglp = third_party_planner:last_layer\n"
+        "[sglp_deploy.planners]\ntail = third_party_planner:Tail\nbroken = third_party_planner:gone\n"
+        "sglp = third_party_planner:Tail\nold = third_party_planner:function\n"
     )
     (folder / "third_party_planner.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(folder)
@@ -328,6 +362,27 @@ def test_a_broken_planner_is_named_when_it_is_asked_for(tmp_path: Path, monkeypa
     message = r"the planner 'broken' \(third_party_planner:gone\) cannot be loaded; .*reinstall or remove that package"
     with pytest.raises(ConfigError, match=message):
         plan_of(method="broken")
+
+
+def test_a_planner_of_an_older_shape_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_plugin(tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match=r"the planner 'old' .* function lacks one of name, source, Options, decide"):
+        plan_of(method="old")
+
+
+def test_options_of_a_third_party_planner_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_plugin(tmp_path, monkeypatch)
+    plan = plan_of(method="tail", budget=Budget(drop=1), offset="3")  # a text, as a command line has it
+    assert plan.drop == (8,)
+    assert {name: plan.options[name] for name in ("offset", "share")} == {"offset": 3, "share": 0.5}
+    with pytest.raises(ConfigError) as caught:
+        plan_of(method="tail", ofset=1, share="half", criterion="taylor")
+    assert [fault.partition(";")[0] for fault in caught.value.faults] == [
+        "unknown option of planner 'tail' 'ofset'",
+        "share='half' does not fit planner 'tail'",
+        "unknown option of planner 'tail' 'criterion'",
+    ]
+    assert "did you mean 'offset'? the choices are offset, share" in caught.value.faults[0]
 
 
 def test_planning_loads_neither_torch_nor_transformers() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import tracemalloc
@@ -14,12 +15,14 @@ from transformers import PreTrainedModel
 
 import tiny
 from sglp_deploy.errors import CalibrationError, ConfigError
-from sglp_deploy.evidence.collect import collect_layer_stats
+from sglp_deploy.evidence import collect
 from sglp_deploy.evidence.statistics import LayerStats
 from sglp_deploy.evidence.text import CalibrationSet, TokenBatches
 from sglp_deploy.similarity import SimilarityMatrix, linear_cka
+from sglp_deploy.tasks.language import LanguageTask
 
 SKIP = 1
+collect_layer_stats = functools.partial(collect.collect_layer_stats, task=LanguageTask())
 
 
 def _batches(rows: int = 5, width: int = 24, batch_size: int = 2, padding: int = 6) -> TokenBatches:

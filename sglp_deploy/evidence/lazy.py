@@ -1,0 +1,222 @@
+"""What a planner may look at, taken from the model when it is asked for and kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from sglp_deploy.errors import CalibrationError
+from sglp_deploy.evidence.collect import collect_layer_stats
+from sglp_deploy.evidence.probes import PROBES, make_probes
+from sglp_deploy.evidence.probes.base import hidden_into, hidden_of
+from sglp_deploy.evidence.statistics import LayerStats
+from sglp_deploy.models import LayerStack
+from sglp_deploy.models.proof import passed_over
+
+if TYPE_CHECKING:
+    from sglp_deploy.evidence.text import TokenBatches
+    from sglp_deploy.tasks.base import Task
+
+Progress = Callable[[str, int, int], None]  # stage, done, in all
+
+
+@dataclass
+class _Taken:
+    """What has been measured so far, shared by every view of one evidence."""
+
+    stats: dict[tuple[str, ...], LayerStats] = field(default_factory=dict)
+    losses: dict[tuple[int, ...], float] = field(default_factory=dict)
+
+
+class ModelEvidence:
+    """See :class:`sglp_deploy.planners.seam.Evidence`; nothing runs before it is asked for.
+
+    Args:
+        model: The unpruned model; it is left as it was.
+        stack: The layers that are chosen from.
+        task: Says what the loss is.
+        batches: The calibration rows, made when they are first needed.
+        rows: "rms" or "raw"; see :func:`sglp_deploy.evidence.collect.collect_layer_stats`.
+        skip_positions: Leading positions left out of the similarity.
+        seed: Which rows are drawn; also for planners that draw.
+        progress: Called with (stage, done, in all) during long work.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stack: LayerStack,
+        task: Task,
+        batches: Callable[[], TokenBatches],
+        *,
+        rows: str = "rms",
+        skip_positions: int = 1,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        self._model = model
+        self._stack = stack
+        self._task = task
+        self._make_batches = batches
+        self._settings: dict[str, Any] = {"rows": rows, "skip_positions": skip_positions, "seed": seed}
+        self._progress = progress
+        self._taken = _Taken()
+        self.seed = seed
+        self.groups: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        return self._stack.n_layers
+
+    @property
+    def prunable(self) -> tuple[bool, ...]:
+        """Whether each layer may be removed (L)."""
+        return self._stack.prunable
+
+    @property
+    def parameters(self) -> NDArray[np.int64]:
+        """Parameters in each layer (L)."""
+        return np.array([sum(p.numel() for p in layer.parameters()) for layer in self._stack.layers], dtype=np.int64)
+
+    @property
+    def other_parameters(self) -> int:
+        """Parameters outside the layers, tied ones counted once."""
+        return sum(p.numel() for p in self._model.parameters()) - int(self.parameters.sum())
+
+    @property
+    def stats(self) -> LayerStats:
+        """What every probe says, from one pass over the calibration rows."""
+        return self.measured(*PROBES)
+
+    def measured(self, *probes: str) -> LayerStats:
+        """What these probes say, from one pass; a pass that held them all already is not repeated.
+
+        Raises:
+            ConfigError: If a probe is unknown.
+            CalibrationError: If the calibration rows cannot support it.
+        """
+        names = tuple(probe.name for probe in make_probes(probes))
+        for taken, stats in self._taken.stats.items():
+            if set(names) <= set(taken):
+                return stats
+        stats = collect_layer_stats(
+            self._model,
+            self._make_batches(),
+            task=self._task,
+            probes=names,
+            progress=self._stage("calibrate"),
+            **self._settings,
+        )
+        self._taken.stats[names] = stats
+        return stats
+
+    def loss_without(self, layers: Sequence[int] = ()) -> float:
+        """Mean loss on the calibration rows with ``layers`` passed over, nats per prediction; taken once for each set.
+
+        Raises:
+            CalibrationError: If it is not finite.
+        """
+        gone = tuple(sorted(set(layers)))
+        if gone not in self._taken.losses:
+            self._taken.losses[gone] = self._loss(gone)
+        return self._taken.losses[gone]
+
+    def hidden(
+        self, boundaries: Sequence[int], *, without: Sequence[int] = ()
+    ) -> Iterator[dict[int, NDArray[np.float32]]]:
+        """The residual stream at some boundaries, minibatch by minibatch; padding is left out.
+
+        Args:
+            boundaries: 0 to L; boundary ``l`` is what layer ``l`` is given, L is what the last layer gives.
+            without: Layers that are passed over.
+
+        Yields:
+            Boundary to its rows, shape (tokens of the minibatch, width), float32.
+        """
+        kept = [layer for layer in range(self.n_layers) if layer not in set(without)]
+        for batch in self._batches():
+            valid = torch.from_numpy(self._task.valid(batch))
+            seen: dict[int, torch.Tensor] = {}
+            # After the hooks that pass layers over, so that what is seen is what is handed on.
+            with passed_over(self._stack, kept), _watching(self._stack, boundaries, seen), torch.inference_mode():
+                self._task.loss(self._model, batch)
+            yield {at: seen[at].float().cpu()[valid].numpy() for at in boundaries}
+
+    def record(self) -> dict[str, Any]:
+        """What was looked at, for the plan: ``counts``, ``options`` and ``elapsed_s`` of the passes so far."""
+        passes = list(self._taken.stats.values())
+        if passes:
+            last = passes[-1]
+            counts = {"n_samples": last.n_samples, "n_tokens": last.n_tokens, "n_rows": max(p.n_rows for p in passes)}
+            return {"counts": counts, "options": last.options, "elapsed_s": sum(p.elapsed_s for p in passes)}
+        if not self._taken.losses:
+            return {"counts": {}, "options": {}, "elapsed_s": 0.0}
+        batches = self._make_batches()
+        counts = {"n_samples": batches.n_samples, "n_tokens": batches.n_tokens, "n_rows": 0}
+        return {"counts": counts, "options": {}, "elapsed_s": 0.0}
+
+    def constrained(self, groups: Sequence[Sequence[int]]) -> ModelEvidence:
+        """The same evidence, whose layers can only go together in ``groups``."""
+        view = copy.copy(self)
+        view.groups = tuple(tuple(group) for group in groups)
+        return view
+
+    def _batches(self) -> TokenBatches:
+        batches = self._make_batches()
+        self._task.check(self._model, batches)
+        return batches
+
+    def _loss(self, gone: tuple[int, ...]) -> float:
+        kept = [layer for layer in range(self.n_layers) if layer not in gone]
+        batches = self._batches()
+        report = self._stage(f"loss without {', '.join(map(str, gone)) or 'none'}")
+        nats, predictions = 0.0, 0
+        for done, batch in enumerate(batches):
+            with passed_over(self._stack, kept), torch.inference_mode():
+                loss, count = self._task.loss(self._model, batch)
+            nats += float(loss) * count
+            predictions += count
+            if report is not None:
+                report(done + 1, len(batches))
+        mean = nats / max(1, predictions)
+        if not np.isfinite(mean):
+            raise CalibrationError(
+                f"the loss without layers {list(gone)} is {mean}; the weights hold NaN or Inf, or activations "
+                "overflow; check the checkpoint, or run in float32"
+            )
+        return mean
+
+    def _stage(self, name: str) -> Callable[[int, int], None] | None:
+        report = self._progress
+        return None if report is None else lambda done, total: report(name, done, total)
+
+
+@contextmanager
+def _watching(stack: LayerStack, boundaries: Sequence[int], seen: dict[int, torch.Tensor]) -> Iterator[None]:
+    """Keep the hidden state at ``boundaries`` in ``seen`` while one minibatch runs."""
+
+    def before(at: int) -> Callable[..., None]:
+        def hook(_layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            seen[at] = hidden_into(arguments, keywords).detach()
+
+        return hook
+
+    def after(_layer: nn.Module, _arguments: tuple[Any, ...], output: Any) -> None:
+        seen[stack.n_layers] = hidden_of(output).detach()
+
+    with ExitStack() as cleanup:
+        for index, layer in enumerate(stack.layers):
+            if index in boundaries:
+                cleanup.callback(layer.register_forward_pre_hook(before(index), with_kwargs=True).remove)
+        if stack.n_layers in boundaries:
+            cleanup.callback(stack.layers[-1].register_forward_hook(after).remove)
+        yield

@@ -1,0 +1,78 @@
+"""What the other stages ask about a kind of model: its data, its loss, its rows, its quality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from sglp_deploy.evidence.text import CalibrationSet, TokenBatches
+    from sglp_deploy.models import LoadedModel
+
+Progress = Callable[[int, int], None]
+
+
+class Task(Protocol):
+    """A kind of model; every method works without knowing the family.
+
+    A *batch* is what iterating over the batches of :meth:`encode` gives.
+
+    Attributes:
+        name: What plans call it.
+    """
+
+    name: str
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why ``module`` is no model of this task ("has no next-token loss to measure by"), or None."""
+        ...
+
+    def encode(self, data: CalibrationSet, loaded: LoadedModel) -> TokenBatches:
+        """Batches ready for the model.
+
+        Raises:
+            CalibrationError: If the data cannot be encoded, or are too few.
+        """
+        ...
+
+    def held_out(self, **options: Any) -> CalibrationSet:
+        """Data to judge by that no plan is made from; ``options`` are fields of the data set."""
+        ...
+
+    def check(self, module: nn.Module, batches: TokenBatches) -> None:
+        """Refuse, before any work, data that belong to another model.
+
+        Raises:
+            UnsupportedModelError: If the model is not of this task.
+            CalibrationError: If the data do not fit the model.
+        """
+        ...
+
+    def loss(self, module: nn.Module, batch: Any) -> tuple[torch.Tensor, int]:
+        """Mean loss of one batch, a scalar with its graph, and the number of predictions it is a mean of.
+
+        It is not finite where the weights or activations overflow; callers check.
+        """
+        ...
+
+    def valid(self, batch: Any) -> NDArray[np.bool_]:
+        """Which rows of a layer's output hold data and not padding, shape (batch, positions)."""
+        ...
+
+    def evaluate(self, module: nn.Module, batches: TokenBatches, *, progress: Progress | None = None) -> Any:
+        """The quality figure of one model; two of them go to :meth:`compare`."""
+        ...
+
+    def compare(self, dense: Any, pruned: Any, batches: TokenBatches, source: str) -> dict[str, Any]:
+        """What pruning cost, as ``quality.json`` holds it."""
+        ...
+
+    def prompts(self, data: CalibrationSet, loaded: LoadedModel) -> NDArray[np.int64]:
+        """Natural tokens, shape (n,), for the prompts of a certificate."""
+        ...
