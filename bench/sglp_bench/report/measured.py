@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from sglp_bench.report import charts_speed
 from sglp_bench.report import wording as fmt
+from sglp_bench.report.charts import speed_pictures
 from sglp_bench.report.facts import Json, section
 from sglp_bench.report.markup import HALF, WIDE, absent, badge, code, details, digits, facts, picture, table
 
@@ -84,7 +84,7 @@ def _measurement(item: Json, key: str) -> str:
             picture(
                 f"{item['name']}: {item['candidate']} against {item['baseline']}",
                 words,
-                lambda width, name: charts_speed.forest(forest, width, key=name),
+                lambda width, name: speed_pictures.forest(forest, width, key=name),
                 f"{key}-forest",
                 legend=_FOREST_LEGEND,
             )
@@ -117,7 +117,7 @@ def _latency(sample: Json, key: str) -> str:
     return picture(
         f"{sample['label']}: every measured call",
         words,
-        lambda width, name: charts_speed.latency_strips(
+        lambda width, name: speed_pictures.latency_strips(
             sample["arms"], width, key=name, metric=sample["label"].lower()
         ),
         key,
@@ -220,7 +220,7 @@ def _memory(item: Json, key: str) -> str:
     return picture(
         f"{item['name']}: memory by probe",
         words,
-        lambda width, name: charts_speed.paired_bars(bars, width, key=name, title="Memory by probe", kind="bytes"),
+        lambda width, name: speed_pictures.paired_bars(bars, width, key=name, title="Memory by probe", kind="bytes"),
         key,
         wide=WIDE,
     ) + details(
@@ -263,7 +263,7 @@ def quality_section(report: Mapping[str, Any]) -> str:
         picture(
             "Dense and pruned model on held-out text",
             words,
-            lambda width, key: charts_speed.paired_bars(bars, width, key=key, title="Perplexity", kind="number"),
+            lambda width, key: speed_pictures.paired_bars(bars, width, key=key, title="Perplexity", kind="number"),
             "quality-bars",
             wide=WIDE,
         )

@@ -14,8 +14,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sglp_bench.report import charts, measured, sections
+from sglp_bench.report import measured, sections
 from sglp_bench.report import wording as fmt
+from sglp_bench.report.charts import plan_pictures
 from sglp_bench.report.facts import Json, cards, measurement, missing, section
 from sglp_bench.report.markup import picture
 from sglp_deploy import _io
@@ -177,7 +178,7 @@ def _stack(plan: Json) -> str:
     return picture(
         "The stack, first layer on the left",
         gone + groups,
-        lambda width, key: charts.layer_strip(plan["n_layers"], drop, segments, width, key=key),
+        lambda width, key: plan_pictures.layer_strip(plan["n_layers"], drop, segments, width, key=key),
         "strip",
     )
 

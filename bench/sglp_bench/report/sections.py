@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from sglp_bench.report import charts
 from sglp_bench.report import wording as fmt
+from sglp_bench.report.charts import plan_pictures
 from sglp_bench.report.facts import Json, numbers_only, section
 from sglp_bench.report.markup import HALF, absent, badge, code, details, digits, facts, picture, table
 
@@ -64,7 +64,7 @@ def plan_section(report: Mapping[str, Any]) -> str:
             "Each cell compares the outputs of two layers by linear CKA: the brighter, the more alike. A bright square "
             "along the diagonal is a run of layers that do similar work; the white outlines are the segments."
         )
-        draw = charts.heat_map(plan["similarity"], segments, drop, key="cka")
+        draw = plan_pictures.heat_map(plan["similarity"], segments, drop, key="cka")
         caption = f"<figcaption><h3>How alike the layers are</h3><p>{words}</p></figcaption>"
         halves.append(f'<figure class="panel heat">{caption}{draw}</figure>')
     else:
@@ -79,7 +79,7 @@ def plan_section(report: Mapping[str, Any]) -> str:
             picture(
                 "How many segments",
                 words,
-                lambda width, key: charts.loss_curve(losses, len(segments), width, key=key),
+                lambda width, key: plan_pictures.loss_curve(losses, len(segments), width, key=key),
                 "loss",
                 wide=HALF,
             )
@@ -96,7 +96,7 @@ def plan_section(report: Mapping[str, Any]) -> str:
         content += picture(
             "How much each layer matters",
             words,
-            lambda width, key: charts.importance_bars(values, drop, segments, criterion, width, key=key),
+            lambda width, key: plan_pictures.importance_bars(values, drop, segments, criterion, width, key=key),
             "importance",
         )
     else:

@@ -12,7 +12,8 @@ from statistics import median, quantiles
 from typing import Any
 
 from sglp_bench.report import wording as fmt
-from sglp_bench.report.charts import Drawing, linear_ticks, log_ticks
+from sglp_bench.report.charts.axes import linear_ticks, log_ticks
+from sglp_bench.report.charts.drawing import Drawing
 
 _DOTS_PER_ARM = 360  # more dots than this only darken the picture; every sample stays in the file
 _ROLES = ("baseline", "control", "candidate")

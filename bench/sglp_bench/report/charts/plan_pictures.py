@@ -1,98 +1,18 @@
-"""The plan as inline SVG: similarity, importance, segmentation and which layers went.
-
-No plotting library, because the report must be one file that opens anywhere; no colour alone, because a tenth of the
-readers cannot rely on it: whatever colour says is also said by a hatch, a glyph or a label.  Colours are CSS classes,
-so one drawing serves the light and the dark scheme.
-"""
+"""The plan as inline SVG: similarity, importance, segmentation and which layers went."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 
 from sglp_bench.report import wording as fmt
+from sglp_bench.report.charts.axes import linear_ticks, log_ticks
+from sglp_bench.report.charts.drawing import Drawing, attribute
 
 # Viridis: perceptually even and readable with every common colour deficiency (van der Walt and Smith, 2015).
 _RAMP = ("#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725")
 _SINGLE_CELLS = 40  # up to this many layers each cell carries its value as a tooltip
 _LOG_RANGE = 30.0  # a bar below a thirtieth of the axis cannot be told from nothing
-
-
-class Drawing:
-    """One SVG in the making: elements are added in order, :meth:`render` gives the markup.
-
-    Args:
-        width: Width of the coordinate system in CSS pixels at natural size.
-        height: Height of it.
-        key: Unique in the page; ids inside the picture derive from it.
-        title: What the picture is, for screen readers.
-        description: What it shows, in a sentence.
-    """
-
-    def __init__(self, width: float, height: float, *, key: str, title: str, description: str) -> None:
-        self.width, self.height, self.key = width, height, key
-        self._head = f'<title id="{key}-t">{escape(title)}</title><desc id="{key}-d">{escape(description)}</desc>'
-        self._parts: list[str] = []
-
-    def add(self, tag: str, text: str | None = None, *, tip: str | None = None, **attributes: str | float) -> None:
-        """Append an element; ``text`` is its content, ``tip`` a tooltip, underscores in names become hyphens."""
-        pairs = "".join(
-            f' {name.rstrip("_").replace("_", "-")}="{escape(_attribute(value))}"' for name, value in attributes.items()
-        )
-        content = (f"<title>{escape(tip)}</title>" if tip else "") + escape(text or "")
-        self._parts.append(f"<{tag}{pairs}>{content}</{tag}>" if content else f"<{tag}{pairs}/>")
-
-    def text(self, x: float, y: float, text: str, kind: str = "label", anchor: str = "start") -> None:
-        """Append a line of text with its base line at ``y``."""
-        self.add("text", text, x=x, y=y, class_=kind, text_anchor=anchor)
-
-    def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
-        """Append a straight line."""
-        self.add("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=kind)
-
-    @property
-    def hatch(self) -> str:
-        """The ``fill`` of something removed: stripes, so that it is told apart without colour."""
-        return f"url(#{self.key}-h)"
-
-    def render(self) -> str:
-        """The SVG element."""
-        hatch = (
-            f'<defs><pattern id="{self.key}-h" width="5" height="5" patternUnits="userSpaceOnUse" '
-            'patternTransform="rotate(45)"><rect width="5" height="5" class="hatch-ground"/>'
-            '<rect width="2.2" height="5" class="hatch-stripe"/></pattern></defs>'
-        )
-        body = "".join(self._parts)
-        return (
-            f'<svg viewBox="0 0 {_attribute(self.width)} {_attribute(self.height)}" role="img" '
-            f'aria-labelledby="{self.key}-t {self.key}-d" style="max-width:{_attribute(self.width * 1.25)}px">'
-            f"{self._head}{hatch if self.hatch in body else ''}{body}</svg>"
-        )
-
-
-def _attribute(value: str | float) -> str:
-    return value if isinstance(value, str) else f"{value:.2f}".rstrip("0").rstrip(".")
-
-
-def linear_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round numbers inside [low, high], about ``wanted`` of them."""
-    span = high - low
-    if span <= 0:
-        return [low]
-    step = 10 ** math.floor(math.log10(span / wanted))
-    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= wanted + 0.5)
-    first = math.ceil(low / step - 1e-9)
-    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten inside [low, high]; with twos and fives while these are few, every n-th when they are many."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    factors = (1, 2, 5) if last - first <= 3 else (1,)
-    stride = 1 + (last - first) // 7
-    ticks = [factor * 10.0**power for power in range(first, last + 1, stride) for factor in factors]
-    return [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
 
 
 def ramp(position: float) -> str:
@@ -143,7 +63,7 @@ def heat_map(
         for i, row in enumerate(values):
             for j, value in enumerate(row):
                 colour = ramp(round((value - low) / span * 63) / 63)
-                x, y = _attribute(left + j * cell), _attribute(top + i * cell)
+                x, y = attribute(left + j * cell), attribute(top + i * cell)
                 paths.setdefault(colour, []).append(f"M{x} {y}h{cell + 0.25:.2f}v{cell + 0.25:.2f}h-{cell + 0.25:.2f}z")
         for colour, pieces in paths.items():
             drawing.add("path", d="".join(pieces), fill=colour)
