@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from sglp_bench.report import wording as fmt
-from sglp_bench.report.charts.axes import linear_ticks, log_ticks
+from sglp_bench.report.charts.axes import Scale, linear_ticks, upright_axis
 from sglp_bench.report.charts.drawing import Drawing, attribute
 
 # Viridis: perceptually even and readable with every common colour deficiency (van der Walt and Smith, 2015).
@@ -69,8 +69,7 @@ def heat_map(
             drawing.add("path", d="".join(pieces), fill=colour)
     for layer in range(n_layers):
         look = {"fill": drawing.hatch} if layer in removed else {"class_": "kept-mark"}
-        tip = f"layer {layer}: {'removed' if layer in removed else 'kept'}"
-        at = layer * cell
+        tip, at = _fate(layer, removed), layer * cell
         drawing.add("rect", tip=tip, x=left - strip - 3, y=top + at, width=strip, height=max(cell - 1, 0.8), **look)
         drawing.add("rect", tip=tip, x=left + at, y=top + side + 3, width=max(cell - 1, 0.8), height=strip, **look)
         if layer % (5 if n_layers <= 50 else 10) == 0:
@@ -91,8 +90,7 @@ def _ramp_legend(drawing: Drawing, x: float, y: float, width: float, low: float,
         drawing.add(
             "rect", x=x + step * bar / steps, y=y, width=bar / steps + 0.3, height=10, fill=ramp(step / (steps - 1))
         )
-    ticks = linear_ticks(low, high, 4)
-    for tick in ticks:
+    for tick in linear_ticks(low, high, 4):
         at = x + (tick - low) / ((high - low) or 1) * bar
         drawing.line(at, y + 10, at, y + 14, "axis")
         drawing.text(at, y + 26, f"{tick:.2f}".rstrip("0").rstrip("."), anchor="middle")
@@ -101,6 +99,15 @@ def _ramp_legend(drawing: Drawing, x: float, y: float, width: float, low: float,
     drawing.text(x + bar + 75, y + 9, "removed")
     drawing.add("rect", x=x + bar + 58.75, y=y + 17.75, width=10.5, height=8.5, class_="segment-key")
     drawing.text(x + bar + 75, y + 26, "segment")
+
+
+def _fate(layer: int, removed: set[int]) -> str:
+    return f"layer {layer}: {'removed' if layer in removed else 'kept'}"
+
+
+def _bar_look(drawing: Drawing, gone: bool, kept: str) -> dict[str, str]:
+    """A removed layer is hatched and outlined; one that stays has the class ``kept``."""
+    return {"fill": drawing.hatch, "class_": "gone"} if gone else {"class_": kept}
 
 
 def layer_strip(
@@ -121,11 +128,10 @@ def layer_strip(
     place = [1 + layer * pitch + gap * sum(start <= layer for start in starts) for layer in range(n_layers)]
     for layer, x in enumerate(place):
         gone = layer in removed
-        look = {"fill": drawing.hatch, "class_": "gone"} if gone else {"class_": "kept"}
-        tip = f"layer {layer}: {'removed' if gone else 'kept'}"
         drawing.add(
-            "rect", tip=tip, x=x + 0.75, y=2, width=max(pitch - 1.5, 0.8), height=34, rx=min(4.0, pitch / 4), **look
-        )
+            "rect", tip=_fate(layer, removed), x=x + 0.75, y=2, width=max(pitch - 1.5, 0.8), height=34,
+            rx=min(4.0, pitch / 4), **_bar_look(drawing, gone, "kept"),
+        )  # fmt: skip
         if pitch >= 20:
             drawing.text(x + pitch / 2, 23, str(layer), "cell gone-text" if gone else "cell", "middle")
     for index, (start, end) in enumerate(segments):
@@ -164,10 +170,7 @@ def importance_bars(
         f"{fmt.words([str(i) for i in sorted(removed)]) or 'none'} are hatched and crossed.",
     )
 
-    def y_of(value: float) -> float:
-        share = math.log(value / floor) / math.log(ceiling / floor) if log else (value - floor) / (ceiling - floor)
-        return height - bottom - share * (height - bottom - top)
-
+    y_of = Scale(floor, ceiling, height - bottom, top, log)
     ranges = [tuple(segment) for segment in segments] or [(0, len(values))]
     gap = 8.0 if len(ranges) > 1 and width > 500 else 4.0 if len(ranges) > 1 else 0.0
     pitch = (width - left - gap * len(ranges)) / len(values)
@@ -180,9 +183,7 @@ def importance_bars(
         )  # fmt: skip
         if len(ranges) > 1:
             drawing.text(x + ((end - start) * pitch + gap - 3) / 2, top - 10, f"S{index + 1}", anchor="middle")
-    for tick in log_ticks(floor, ceiling) if log else linear_ticks(floor, ceiling):
-        drawing.line(left, y_of(tick), width, y_of(tick), "grid")
-        drawing.text(left - 6, y_of(tick) + 4, f"{tick:.6g}", anchor="end")
+    upright_axis(drawing, y_of, y_of.ticks(), left)
     base = y_of(floor if log else 0.0)
     for index, (start, end) in enumerate(ranges):
         for layer in range(start, end):
@@ -195,11 +196,10 @@ def importance_bars(
                 drawing.text(x + pitch / 2, base - 4, "?", anchor="middle")
                 continue
             y = y_of(value)
-            look = {"fill": drawing.hatch, "class_": "gone"} if gone else {"class_": "bar"}
             tip = f"layer {layer}: {fmt.significant(value, 4)}{', removed' if gone else ''}"
             drawing.add(
                 "rect", tip=tip, x=x + pitch * 0.12, y=min(y, base), width=pitch * 0.76,
-                height=max(abs(base - y), 1.0), rx=min(2.5, pitch / 6), **look,
+                height=max(abs(base - y), 1.0), rx=min(2.5, pitch / 6), **_bar_look(drawing, gone, "bar"),
             )  # fmt: skip
             if gone:
                 drawing.text(x + pitch / 2, min(y, base) - 4, "×", "cross" if pitch >= 14 else "cross small", "middle")
@@ -221,15 +221,9 @@ def loss_curve(losses: Sequence[float], chosen: int, width: float, *, key: str) 
         f"{fmt.significant(losses[-1])} at {n_layers}; K = {chosen} was used.",
     )
 
-    def x_of(segments: float) -> float:
-        return left + 10 + (segments - 1) / max(n_layers - 1, 1) * (width - left - 22)
-
-    def y_of(loss: float) -> float:
-        return height - bottom - loss / high * (height - bottom - top)
-
-    for tick in linear_ticks(0, high):
-        drawing.line(left, y_of(tick), width, y_of(tick), "grid")
-        drawing.text(left - 6, y_of(tick) + 4, f"{tick:.6g}", anchor="end")
+    x_of = Scale(1, max(n_layers, 2), left + 10, width - 12)
+    y_of = Scale(0, high, height - bottom, top)
+    upright_axis(drawing, y_of, y_of.ticks(), left)
     for tick in sorted({1, *(round(value) for value in linear_ticks(1, n_layers, 6))}):
         drawing.text(x_of(tick), height - bottom + 17, str(tick), anchor="middle")
     drawing.text((left + width) / 2, height - 6, "K, number of segments", anchor="middle")

@@ -7,12 +7,12 @@ rests on: intervals, control and ceiling come from the comparison file and are o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median, quantiles
 from typing import Any
 
 from sglp_bench.report import wording as fmt
-from sglp_bench.report.charts.axes import linear_ticks, log_ticks
+from sglp_bench.report.charts.axes import Scale, linear_ticks
 from sglp_bench.report.charts.drawing import Drawing
 
 _DOTS_PER_ARM = 360  # more dots than this only darken the picture; every sample stays in the file
@@ -55,11 +55,7 @@ def latency_strips(arms: Sequence[Mapping[str, Any]], width: float, *, key: str,
             for arm, samples, middle in zip(arms, pooled, medians, strict=True)
         ),
     )
-
-    def x_of(value: float) -> float:
-        share: float = (min(value, high) - low) / (high - low)
-        return left + share * (width - left - right)
-
+    x_of = Scale(low, high, left, width - right)
     floor = top + row * len(arms)
     for tick in linear_ticks(low / size, high / size, 6 if width > 500 else 4):
         drawing.line(x_of(tick * size), top, x_of(tick * size), floor, "grid")
@@ -102,7 +98,7 @@ def _kind(role: str) -> str:
     return f"arm-{role if role in _ROLES else 'candidate'}"
 
 
-def _box(drawing: Drawing, samples: Sequence[float], y: float, kind: str, x_of: Callable[[float], float]) -> None:
+def _box(drawing: Drawing, samples: Sequence[float], y: float, kind: str, x_of: Scale) -> None:
     if len(samples) < 4:
         return
     first, middle, third = quantiles(samples, n=4, method="inclusive")
@@ -148,13 +144,10 @@ def forest(rows: Sequence[Mapping[str, Any]], width: float, *, key: str) -> str:
             for row in rows
         ),
     )
-
-    def x_of(value: float) -> float:
-        return left + math.log(value / low) / math.log(high / low) * (width - left - right)
-
+    x_of = Scale(low, high, left, width - right, log=True)
     for index in range(0, len(rows), 2):
         drawing.add("rect", x=0, y=top + index * pitch, width=width, height=pitch, rx=5, class_="ground")
-    ticks = linear_ticks(low, high, 4 if narrow else 6) if high / low < 3 else log_ticks(low, high)
+    ticks = linear_ticks(low, high, 4 if narrow else 6) if high / low < 3 else x_of.ticks()
     # On a phone the words stand above the marks, so the lines run only where the marks are.
     bands = [(top + index * pitch + 46, top + (index + 1) * pitch - 8) for index in range(len(rows))]
     for begin, end in bands if narrow else [(top, floor)]:
@@ -187,7 +180,7 @@ def forest(rows: Sequence[Mapping[str, Any]], width: float, *, key: str) -> str:
     return drawing.render()
 
 
-def _forest_marks(drawing: Drawing, row: Mapping[str, Any], y: float, x_of: Callable[[float], float]) -> None:
+def _forest_marks(drawing: Drawing, row: Mapping[str, Any], y: float, x_of: Scale) -> None:
     if row.get("control_low") and row.get("control_high"):
         tip = f"A/A control: {fmt.interval(row['control_low'], row['control_high'])}"
         x1, x2 = x_of(row["control_low"]), x_of(row["control_high"])
