@@ -9,16 +9,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sglp_bench.report import measured, sections
 from sglp_bench.report import wording as fmt
-from sglp_bench.report.charts import plan_pictures
 from sglp_bench.report.facts import Json, cards, measurement, missing, section
-from sglp_bench.report.markup import picture
 from sglp_deploy import _io
 from sglp_deploy.errors import ArtifactError
 
@@ -94,6 +89,8 @@ class RunReport:
         Raises:
             StorageError: If they cannot be written; older files stay as they were.
         """
+        from sglp_bench.report.page import render_html  # the template engine loads only where a page is made
+
         folder = Path(out_dir)
         page = render_html(self._value)  # before anything is written: a fault here must not leave half a report
         _io.write_json(folder / "report.json", self._value)
@@ -139,48 +136,6 @@ class RunReport:
             title=run.get("title"),
             checkpoint=run.get("checkpoint"),
         )
-
-
-def render_html(report_json: Mapping[str, Any]) -> str:
-    """The page for the content of a ``report.json``: one file, no script, nothing fetched; equal input, equal page."""
-    report = report_json
-    style = resources.files("sglp_bench.report").joinpath("templates/report.css").read_text(encoding="utf-8")
-    rooms = [
-        ("plan", "Plan", "What was removed", sections.plan_section(report)),
-        ("parity", "Parity", "Does the export compute the same?", sections.parity_section(report)),
-        ("speed", "Speed", "Is it faster?", measured.speed_section(report)),
-        ("memory", "Memory", "What it needs in memory", measured.memory_section(report)),
-        ("quality", "Quality", "What it costs in quality", measured.quality_section(report)),
-        ("provenance", "Provenance", "Where these numbers come from", sections.provenance_section(report)),
-    ]
-    links = "".join(f'<a href="#{key}">{short}</a>' for key, short, _, _ in rooms)
-    body = "".join(f'<section id="{key}"><h2>{name}</h2>{content}</section>' for key, _, name, content in rooms)
-    title = escape(str(report["title"]))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="generator" content="sglp-deploy"><title>{title}</title><style>{style}</style></head>\n'
-        f'<body><header class="top"><p class="eyebrow">Depth pruning report</p><h1>{title.replace("/", "/<wbr>")}</h1>'
-        f'<p class="sub">{escape(sections.subtitle(report))}</p>{_stack(section(report, "plan"))}'
-        f'{sections.headline(report)}<nav aria-label="Sections">{links}</nav></header>\n'
-        f"<main>{body}{sections.missing_section(report)}</main>\n"
-        "<footer>Rendered from report.json alone; every number on this page is in that file.</footer></body></html>\n"
-    )
-
-
-def _stack(plan: Json) -> str:
-    if not plan.get("keep"):
-        return ""
-    drop = plan.get("drop", [])
-    segments = plan.get("segments", []) if len(plan.get("segments", [])) > 1 else []
-    gone = f"Removed: layers {fmt.words([str(layer) for layer in drop])}, striped." if drop else "No layer was removed."
-    groups = " S1, S2, … are segments: runs of layers that do similar work." if segments else ""
-    return picture(
-        "The stack, first layer on the left",
-        gone + groups,
-        lambda width, key: plan_pictures.layer_strip(plan["n_layers"], drop, segments, width, key=key),
-        "strip",
-    )
 
 
 def _plain(value: Any) -> Any:

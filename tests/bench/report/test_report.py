@@ -20,7 +20,8 @@ from report_fixtures import (
     result_json,
     run_inputs,
 )
-from sglp_bench.report.run_report import RunReport, render_html
+from sglp_bench.report.page import render_html
+from sglp_bench.report.run_report import RunReport
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;"
 _VOID = {"meta", "br", "wbr", "path", "rect", "line", "circle"}

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from report_fixtures import run_inputs
-from sglp_bench.report.run_report import RunReport, render_html
+from sglp_bench.report.page import render_html
+from sglp_bench.report.run_report import RunReport
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
