@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -264,3 +266,28 @@ def run_inputs(*, parity_passed: bool = True, **result_options: float) -> Json:
             "checkpoint": {"parameters": 113_272_704, "dense_parameters": 134_515_008},
         }
     )
+
+
+def write_run_folder(root: Path) -> None:
+    """The files of a finished run of one ONNX export."""
+    result = result_json()
+    files = {
+        "run.json": {
+            "schema": "run/1",
+            "title": "demo: 30 to 24 layers",
+            **provenance_json(),
+            "stages": {"plan": {"key": "k", "state": "done", "elapsed_s": 41.0}},
+            "checkpoint": {"parameters": 113_272_704, "dense_parameters": 134_515_008},
+        },
+        "plan.json": plan_json(),
+        "quality.json": quality_json(),
+        "checkpoint/manifest.json": manifest_json(24, 452_900_000) | {"format": "torch"},
+        "artifacts/onnx/manifest.json": manifest_json(24, 452_900_000),
+        "artifacts/onnx-baseline/manifest.json": manifest_json(30, 538_060_032),
+        "parity/onnx.json": parity_json(),
+        "bench/onnx/result.json": result,
+        "bench/onnx/comparison.json": comparison_json(result),
+    }  # fmt: skip
+    for name, value in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(json.dumps(value))

@@ -2,47 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from report_fixtures import (
-    DROP,
-    comparison_json,
-    manifest_json,
-    parity_json,
-    plan_json,
-    provenance_json,
-    quality_json,
-    result_json,
-)
+from report_fixtures import DROP, write_run_folder
 from sglp_bench.report.run_report import RunReport
 from sglp_deploy.errors import ArtifactError
-
-
-def write_run_folder(root: Path) -> None:
-    result = result_json()
-    files = {
-        "run.json": {
-            "schema": "run/1",
-            "title": "demo: 30 to 24 layers",
-            **provenance_json(),
-            "stages": {"plan": {"key": "k", "state": "done", "elapsed_s": 41.0}},
-            "checkpoint": {"parameters": 113_272_704, "dense_parameters": 134_515_008},
-        },
-        "plan.json": plan_json(),
-        "quality.json": quality_json(),
-        "checkpoint/manifest.json": manifest_json(24, 452_900_000) | {"format": "torch"},
-        "artifacts/onnx/manifest.json": manifest_json(24, 452_900_000),
-        "artifacts/onnx-baseline/manifest.json": manifest_json(30, 538_060_032),
-        "parity/onnx.json": parity_json(),
-        "bench/onnx/result.json": result,
-        "bench/onnx/comparison.json": comparison_json(result),
-    }  # fmt: skip
-    for name, value in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(json.dumps(value))
 
 
 def test_a_run_folder_is_reported_from_its_files_alone(tmp_path: Path) -> None:
