@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 OVERLAY_FILE: Final = "overlay.safetensors"
-SCHEMA: Final = "overlay/1"  # history: 1 = first
+FORMAT: Final = "overlay/1"  # in the file's metadata; history: 1 = first
 
 
 class Overlay:
@@ -115,7 +115,7 @@ class Overlay:
         # Contiguous copies: safetensors refuses views into one another.
         whole = {name: tensor.contiguous().clone() for name, tensor in self.tensors.items()}
         with _io.staged_file(file) as staged:
-            save_file(whole, staged, metadata={"format": "pt", "schema": SCHEMA})
+            save_file(whole, staged, metadata={"format": "pt", "schema": FORMAT})
         return file
 
     def check(self, module: nn.Module) -> None:
@@ -149,8 +149,8 @@ class Overlay:
             raise ArtifactError(
                 f"{path} cannot be read as an overlay; {error}; restore it, or make the plan again"
             ) from error
-        if schema != SCHEMA:
-            raise ArtifactError(f"{path} has schema {schema!r}; this version reads {SCHEMA!r}; make the plan again")
+        if schema != FORMAT:
+            raise ArtifactError(f"{path} has schema {schema!r}; this version reads {FORMAT!r}; make the plan again")
         found = _digest_of(tensors)
         if found != self._digest:
             raise ArtifactError(

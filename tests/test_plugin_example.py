@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import tiny
+from installing import pip_install
 from sglp_deploy import _io, registry
 from sglp_deploy.artifact import MANIFEST, ExportArtifact
 from sglp_deploy.cli.main import main
@@ -38,19 +39,6 @@ def blocks(language: str, *, quoted: bool = False) -> list[str]:
     """The page's blocks in ``language``: those that quote the example, or those that are to be run."""
     source = SOURCES[language].read_text(encoding="utf-8") if language in SOURCES else ""
     return [text for found, text in BLOCKS if found == language and (text in source) == quoted]
-
-
-def pip_install(package: Path, site: Path) -> None:
-    """Install without a connection, with nothing but what is here already."""
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "install", *options, "--target", str(site), str(package)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from sglp_deploy import plan
 from sglp_deploy.cli.console import table
 from sglp_deploy.errors import ArtifactError
 
@@ -65,6 +66,9 @@ def _plan(value: Json) -> str:
         f"{value['method']}: keep {len(value['keep'])} of {value['n_layers']} layers of {value['model']['id']}",
         f"removed: {', '.join(map(str, value['drop'])) or 'none'}",
     ]
+    if changed_weights := value.get("overlay"):
+        steps = ", ".join(" ".join(map(str, list(record.values())[:1])) for record in changed_weights["made_by"])
+        lines.append(f"weights changed: {changed_weights['n_tensors']} tensors{' by ' if steps else ''}{steps}")
     if value.get("stack"):
         lines.append(f"layers of {value['stack']}")
     changed, looked_at = [], []
@@ -245,8 +249,7 @@ _VIEWS: dict[str, Callable[[Json], str]] = {
     "environment/1": _environment,
     "parity/1": _parity,
     "perplexity/1": _perplexity,
-    "plan/1": _plan,
-    "plan/2": _plan,
+    **{f"plan/{version}": _plan for version in plan.VERSIONS},
     "quality/1": _quality,
     "report/1": _report,
     "result/1": _result,

@@ -16,6 +16,7 @@ from sglp_bench.report import wording as fmt
 from sglp_bench.report.facts import Json, cards, measurement, missing, section
 from sglp_deploy import _io
 from sglp_deploy.errors import ArtifactError
+from sglp_deploy.plan import VERSIONS as PLAN_VERSIONS
 
 SCHEMA = "report/1"  # history: 1 = first
 _LISTS = ("artifacts", "parity", "measurements", "claims", "cards", "missing")
@@ -28,7 +29,7 @@ class RunReport:
     of them may be None or empty: the report then says what was not measured.
 
     Args:
-        plan: ``plan/1``.
+        plan: ``plan/3``, or an older one.
         artifacts: ``artifact/1`` each, or ``{"name", "manifest", "digest"}``.
         parity: ``parity/1`` each.
         comparisons: ``comparison/1`` each; one that still has its raw samples brings them along.
@@ -191,7 +192,7 @@ def _optional(path: Path, kind: str | None = None) -> Json | None:
     if not path.is_file():
         return None
     if kind:
-        return _io.read_json(path, kind, (1, 2) if kind == "plan" else (1,))
+        return _io.read_json(path, kind, PLAN_VERSIONS if kind == "plan" else (1,))
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
