@@ -15,6 +15,7 @@ _HOME = {
     "Workload": "sglp_bench.workloads.generate",
     "benchmark_pair": "sglp_bench.measure.harness",
     "compare_results": "sglp_bench.judge.compare",
+    "reason_not_timed": "sglp_bench.measure.timeable",
     "run_arms": "sglp_bench.measure.harness",
 }
 
@@ -25,6 +26,7 @@ __all__ = [
     "Workload",
     "benchmark_pair",
     "compare_results",
+    "reason_not_timed",
     "run_arms",
 ]
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from sglp_bench.judge.compare import compare_results
     from sglp_bench.judge.comparison import Comparison
     from sglp_bench.measure.harness import benchmark_pair, run_arms
+    from sglp_bench.measure.timeable import reason_not_timed
     from sglp_bench.report.run_report import RunReport
     from sglp_bench.result import BenchmarkResult
     from sglp_bench.workloads.generate import Workload

@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sglp_bench.devices.environment import block_conditions
 from sglp_bench.measure.memory import device_readings, idle_host, peak_host
+from sglp_bench.measure.timeable import refusal
 from sglp_bench.measure.timing import run_untimed, time_block
 from sglp_bench.workloads.generate import Workload
-from sglp_deploy import _io
+from sglp_deploy import _io, registry
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import BenchmarkError, ConfigError, SGLPError
 from sglp_deploy.protocols import Exporter, GeneratingRunner
@@ -51,7 +52,7 @@ def run_block(spec: Mapping[str, Any]) -> dict[str, Any]:
             None for the registry), ``workload``, ``vocab_size``.
 
     Raises:
-        SGLPError: If the artifact is not the one the parent saw, or its runner cannot decode.
+        SGLPError: If the artifact is not the one the parent saw, or a time of its runner would mean nothing.
     """
     workload = Workload.from_json(spec["workload"])
     artifact = ExportArtifact.load(spec["artifact"], check_files=False)  # the parent has checked them
@@ -63,32 +64,22 @@ def run_block(spec: Mapping[str, Any]) -> dict[str, Any]:
     start = block_conditions(workload.device)
     loading = time.perf_counter()
     opened = exporter.open(artifact, device=workload.device, threads=workload.threads)
-    if not_timed := getattr(opened, "not_timed", ""):
-        raise BenchmarkError(f"the runner of format {artifact.format!r} is not timed; {not_timed}")
+    if why := refusal(opened, artifact.format, workload):
+        raise BenchmarkError(why)
     with opened as runner:
-        stands_in_for = getattr(runner, "stands_in_for", None)
-        if stands_in_for:
-            raise BenchmarkError(
-                f"what runs on {workload.device} is {getattr(runner, 'description', type(runner).__name__)}; a time of "
-                f"it would be filed under {stands_in_for}; benchmark on the device the artifact is for"
-            )
         runner.synchronize()
         load_s = time.perf_counter() - loading
-        if not isinstance(runner, GeneratingRunner):
-            raise BenchmarkError(
-                f"the runner of format {artifact.format!r} has no prefill and decode; this workload times those; "
-                "benchmark a format whose runner generates"
-            )
+        generating = cast("GeneratingRunner", runner)  # the workload has asked
         answer: dict[str, Any]
         if spec["mode"] == "memory":
             for _ in range(_MEMORY_ITERATIONS):
-                run_untimed(runner, tokens)
+                run_untimed(generating, tokens)
             through_torch = bool(getattr(runner, "allocates_through_torch", False))
             device_memory = device_readings(workload.device, through_torch=through_torch)
             readings = {"host_idle": idle, "host_peak": peak_host(), **device_memory}
             answer = {"memory": {rung: reading.to_json() for rung, reading in readings.items()}}
         else:
-            answer = {"load_s": load_s, "samples": time_block(runner, tokens, workload).to_json()}
+            answer = {"load_s": load_s, "samples": time_block(generating, tokens, workload).to_json()}
     conditions = {"start": start, "end": block_conditions(workload.device)}
     return {"schema": "block/1", "mode": spec["mode"], **answer, "conditions": conditions}
 
@@ -118,8 +109,6 @@ def _restore_pythonpath(spec: Mapping[str, Any]) -> None:
 
 
 def _registered(name: str) -> Exporter:
-    from sglp_deploy import registry
-
     exporter: Exporter = registry.exporter(name)
     return exporter
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sglp_deploy import _io
 from sglp_deploy.errors import ConfigError
+from sglp_deploy.protocols import GeneratingRunner, Runner
 
 _POSITIVE = (
     "batch_size",
@@ -161,6 +162,12 @@ class Workload:
         if "name" not in value:
             raise ConfigError("the workload has no name; results are labelled by it; add one")
         return cls(**value)
+
+    def unmet_by(self, runner: Runner) -> str | None:
+        """What ``runner`` cannot do of this work, as the rest of a sentence about it; None when it can do all."""
+        if isinstance(runner, GeneratingRunner):
+            return None
+        return "has no prefill and decode; this workload times those; benchmark a format whose runner generates"
 
     def input_ids(self, vocab_size: int) -> WorkloadTokens:
         """The token ids every arm is fed; equal for equal workloads, whatever the model answers.
