@@ -15,6 +15,13 @@ from sglp_bench.judge.intervals import (
 
 ITERATIONS = 5
 
+# Quantile 0.975 of Student's t for 1 to 30 degrees of freedom (any statistics textbook).
+TABLE = (
+    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
+    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
+    *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
+)
+
 
 def simulate(rng: np.random.Generator, trials: int, pairs: int, kind: str) -> NDArray[np.float64]:
     """Iteration times of one arm, (trials, pairs, iterations): process effects of 1 %, iteration noise of 2 %."""
@@ -120,3 +127,7 @@ def test_percentiles_are_withheld_below_their_minimum_count(count: int, given: i
 def test_a_withheld_percentile_says_how_many_samples_it_needs() -> None:
     assert percentiles([1.0] * 45)["p90"]["reason"] == "n too small: 45 samples, p90 needs 46"
     assert percentiles(np.arange(101.0))["p90"] == {"value": 90.0, "reason": None}
+
+
+def test_the_t_quantile_is_that_of_the_printed_tables_to_every_digit() -> None:
+    assert [round(t_quantile_975(degrees), 4) for degrees in range(1, 31)] == list(TABLE)
