@@ -1,15 +1,12 @@
-"""What a benchmark leaves behind: raw samples by block, and the metrics every reader derives from them the same way."""
+"""What a benchmark leaves behind: raw samples by block, from which :mod:`sglp_bench.metrics` reads its numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from sglp_bench.judge.certificates import Certification
 from sglp_bench.measure.memory import MemoryReading
@@ -242,73 +239,6 @@ def artifact_facts(artifact: ExportArtifact, certificate: Certification) -> dict
         "model_fingerprint": artifact.model.get("fingerprint"),
         "certificate": certificate.to_json(),
     }
-
-
-@dataclass(frozen=True)
-class TimeMetric:
-    """A number derived from the raw times of one block.
-
-    Attributes:
-        name: With its unit.
-        formula: As printed in reports; the value of a block is the median of this over its iterations.
-        higher_is_better: Throughput, as opposed to latency.
-        iterations: Block and workload to one value per iteration, shape (iterations,).
-        raw: Block to the raw samples percentiles are taken over, or None where percentiles are not reported.
-    """
-
-    name: str
-    formula: str
-    higher_is_better: bool
-    iterations: Callable[[BlockSamples, Workload], NDArray[np.float64]]
-    raw: Callable[[BlockSamples], NDArray[np.float64]] | None = None
-
-
-TIME_METRICS: dict[str, TimeMetric] = {
-    metric.name: metric
-    for metric in (
-        TimeMetric(
-            "prefill_latency_s",
-            "time of one prefill call (TTFT without tokenizer and sampling)",
-            False,
-            lambda samples, _: np.asarray(samples.prefill_s, dtype=np.float64),
-            lambda samples: np.asarray(samples.prefill_s, dtype=np.float64),
-        ),
-        TimeMetric(
-            "prefill_throughput_tokens_per_s",
-            "batch_size * prompt_tokens / time of one prefill call",
-            True,
-            lambda samples, work: work.batch_size * work.prompt_tokens / np.asarray(samples.prefill_s),
-        ),
-        TimeMetric(
-            "decode_latency_s_per_token",
-            "median over decode steps 1..n of the time of one step (TPOT; one token per sequence)",
-            False,
-            lambda samples, _: np.median(np.asarray(samples.decode_s, dtype=np.float64), axis=1),
-            lambda samples: np.asarray(samples.decode_s, dtype=np.float64).ravel(),
-        ),
-        TimeMetric(
-            "decode_throughput_tokens_per_s",
-            "batch_size * n / sum of the times of decode steps 1..n",
-            True,
-            lambda samples, work: work.batch_size * work.decode_tokens / np.asarray(samples.decode_s).sum(axis=1),
-        ),
-    )
-}
-
-# Metric to (formula, rung of the memory ladder or None when the manifest says it).
-MEMORY_METRICS: dict[str, tuple[str, str | None]] = {
-    "peak_host_bytes": ("highest resident bytes of the process, in a pass of its own", "host_peak"),
-    "peak_device_bytes": ("highest bytes of live tensors on the device, in a pass of its own", "device_allocated_peak"),
-    "weight_bytes": ("bytes of weights in the artifact, from its manifest", None),
-}
-
-
-def arm_memory(arm: ArmResult, metric: str) -> MemoryReading:
-    """The reading behind one memory metric; its ``bytes`` are None when the probe was not available."""
-    rung = MEMORY_METRICS[metric][1]
-    if rung is None:
-        return MemoryReading("manifest", int(arm.artifact["weight_bytes"]))
-    return arm.memory.get(rung, MemoryReading("none", None, "not read on this device"))
 
 
 def summarise_arm(arm: ArmResult) -> dict[str, Any]:

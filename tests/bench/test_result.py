@@ -3,13 +3,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from bench_results import WORK, planted_result
-from sglp_bench.measure.timing import BlockSamples, WarmUp
-from sglp_bench.result import TIME_METRICS, BenchmarkResult
-from sglp_bench.workloads.generate import Workload
+from sglp_bench.result import BenchmarkResult
 from sglp_deploy.errors import ArtifactError, BenchmarkError
 
 
@@ -81,22 +78,6 @@ def test_an_incomplete_file_and_another_schema_are_refused(tmp_path: Path) -> No
     (tmp_path / "result.json").write_text('{"schema": "result/9"}')
     with pytest.raises(ArtifactError, match=r"schema 'result/9'; this version reads 'result/1'"):
         BenchmarkResult.load(tmp_path / "result.json")
-
-
-def test_metrics_of_a_block_worked_by_hand() -> None:
-    work = Workload("hand", batch_size=2, prompt_tokens=10, decode_tokens=3, prefill_repeats=2, decode_repeats=2)
-    samples = BlockSamples((0.5, 0.25), ((0.1, 0.2, 0.6), (0.1, 0.1, 0.2)), WarmUp((), (), True))
-
-    def values(metric: str) -> list[float]:
-        return list(TIME_METRICS[metric].iterations(samples, work))
-
-    assert values("prefill_latency_s") == [0.5, 0.25]
-    assert values("prefill_throughput_tokens_per_s") == [40.0, 80.0]  # 2 * 10 tokens
-    assert values("decode_latency_s_per_token") == [0.2, 0.1]
-    assert values("decode_throughput_tokens_per_s") == pytest.approx([2 * 3 / 0.9, 2 * 3 / 0.4])
-    raw = TIME_METRICS["decode_latency_s_per_token"].raw
-    assert raw is not None
-    np.testing.assert_array_equal(raw(samples), [0.1, 0.2, 0.6, 0.1, 0.1, 0.2])
 
 
 def test_the_planted_results_use_the_workload_they_name() -> None:

@@ -12,15 +12,9 @@ from sglp_bench.devices.environment import differing_keys
 from sglp_bench.judge.certificates import unverified_note
 from sglp_bench.judge.comparison import Comparison, Control, Interval, MetricComparison
 from sglp_bench.judge.intervals import hierarchical_bootstrap, percentiles, sign_flip_p, t_interval, welch_interval
-from sglp_bench.result import (
-    MEMORY_METRICS,
-    TIME_METRICS,
-    ArmResult,
-    BenchmarkResult,
-    TimeMetric,
-    arm_memory,
-    summarise_arm,
-)
+from sglp_bench.metrics.metric import MemoryMetric, TimeMetric
+from sglp_bench.metrics.registry import MEMORY_METRICS, TIME_METRICS
+from sglp_bench.result import ArmResult, BenchmarkResult, summarise_arm
 from sglp_bench.workloads.generate import Workload
 from sglp_deploy.errors import BenchmarkError, ConfigError, IncomparableResultsError
 
@@ -69,13 +63,13 @@ def compare_results(
         for name, metric in TIME_METRICS.items()
     }
     notes = _notes(result, left, right, paired, different, (baseline, candidate))
-    for name in MEMORY_METRICS:
-        readings = arm_memory(left, name), arm_memory(right, name)
+    for name, memory in MEMORY_METRICS.items():
+        readings = [memory.read(arm.artifact, arm.memory) for arm in (left, right)]
         if None in (readings[0].bytes, readings[1].bytes) or readings[0].probe != readings[1].probe:
-            if name != "peak_device_bytes" or result.workload.device != "cpu":
+            if not memory.device_only or result.workload.device != "cpu":
                 notes.append(f"{name} is not compared: {readings[0]}, {readings[1]}")
             continue
-        metrics[name] = _compare_bytes(name, result if paired else None, left, right, candidate)
+        metrics[name] = _compare_bytes(memory, result if paired else None, left, right, candidate)
     return Comparison(
         baseline=baseline,
         candidate=candidate,
@@ -186,16 +180,16 @@ def _control(metric: TimeMetric, result: BenchmarkResult) -> Control | None:
 
 
 def _compare_bytes(
-    name: str, result: BenchmarkResult | None, left: ArmResult, right: ArmResult, candidate: str
+    metric: MemoryMetric, result: BenchmarkResult | None, left: ArmResult, right: ArmResult, candidate: str
 ) -> MetricComparison:
-    a, b = arm_memory(left, name).bytes, arm_memory(right, name).bytes
+    a, b = (metric.read(arm.artifact, arm.memory).bytes for arm in (left, right))
     if not a or not b:
-        raise BenchmarkError(f"{name} is {a} and {b}; a ratio needs both above zero; measure the memory again")
+        raise BenchmarkError(f"{metric.name} is {a} and {b}; a ratio needs both above zero; measure the memory again")
     ratio = a / b
     control = None
-    if result is not None and result.control is not None and MEMORY_METRICS[name][1] is not None:
-        first = arm_memory(result.arm(result.baseline), name).bytes
-        second = arm_memory(result.arm(result.control), name).bytes
+    if result is not None and result.control is not None and metric.measured:
+        arms = (result.arm(result.baseline), result.arm(result.control))
+        first, second = (metric.read(arm.artifact, arm.memory).bytes for arm in arms)
         if first and second:
             control = Control(first / second, None, math.expm1(abs(math.log(first / second))))
     resolved = None if control is None else abs(math.log(ratio)) > abs(math.log(control.ratio))
@@ -206,8 +200,8 @@ def _compare_bytes(
     else:
         verdict, words = "larger", f"{candidate} needs {1 / ratio:.3f}x more: {b:,} bytes against {a:,}"
     return MetricComparison(
-        metric=name,
-        formula=f"{MEMORY_METRICS[name][0]}; probe {arm_memory(left, name).probe}",
+        metric=metric.name,
+        formula=f"{metric.formula}; probe {metric.read(left.artifact, left.memory).probe}",
         baseline=float(a),
         candidate=float(b),
         ratio=ratio,

@@ -7,24 +7,16 @@ above the noise floor; otherwise the report says which of these is missing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sglp_bench.judge.certificates import unverified_note
+from sglp_bench.metrics.registry import METRICS
 from sglp_bench.report import wording as fmt
 
 Json = dict[str, Any]
 
-_LABELS = {
-    "decode_latency_s_per_token": ("Decode step", "latency per token"),
-    "decode_throughput_tokens_per_s": ("Decode throughput", "tokens per second"),
-    "prefill_latency_s": ("Prefill", "latency per call"),
-    "prefill_throughput_tokens_per_s": ("Prefill throughput", "tokens per second"),
-    "peak_host_bytes": ("Peak host memory", ""),
-    "peak_device_bytes": ("Peak device memory", ""),
-    "weight_bytes": ("Weights", ""),
-}
-_CLAIMED = tuple(name for name in _LABELS if "latency" in name)  # throughput is the same time turned upside down
 _RUNGS = {
     "artifact_bytes": ("Files of the artifact on disk", "manifest"),
     "weight_bytes": ("Weights in the artifact", "manifest"),
@@ -88,22 +80,22 @@ def measurement(
     found["unverified"] = [note.removeprefix("UNVERIFIED: ") for note in notes if note] or faults
     faults = list(dict.fromkeys([*faults, *found["unverified"]]))
     found["rows"] = [_row(metric, values) for metric, values in section(comparison, "metrics").items()]
-    found["rows"].sort(key=lambda row: list(_LABELS).index(row["metric"]) if row["metric"] in _LABELS else len(_LABELS))
+    found["rows"].sort(key=lambda row: METRICS[row["metric"]].place if row["metric"] in METRICS else math.inf)
     for row in found["rows"]:
-        if row["metric"] in _CLAIMED:
+        if row["metric"] in METRICS and METRICS[row["metric"]].claimed:
             row["claim"] = claim(row, plan, faults, found)
     return found
 
 
 def _row(metric: str, values: Any) -> Json:
     values = dict(values) if isinstance(values, Mapping) else {}
-    label, unit = _LABELS.get(metric, (metric.replace("_", " "), ""))
+    known = METRICS.get(metric)  # a file of another version may hold others
     control = section(values, "control")
     numbers = ("baseline", "candidate", "ratio", "p_value", "ceiling", "fraction_of_ceiling", "gain_fraction")
     return {
         "metric": metric,
-        "label": label,
-        "unit": unit,
+        "label": known.label if known else metric.replace("_", " "),
+        "unit": known.unit if known else "",
         "formula": str(values.get("formula") or ""),
         **{key: fmt.number(values.get(key)) for key in numbers},
         "interval": _pair(values.get("interval")),
@@ -278,8 +270,9 @@ def cards(report: Mapping[str, Any]) -> list[Json]:
         add("parameters", "Parameters", fmt.count(dense or pruned or 0), f"{side}; the other count was not given")
     else:
         add("parameters", "Parameters", "not measured", "no parameter count was given", "absent")
-    for metric, label in (("decode_latency_s_per_token", "Decode speed"), ("prefill_latency_s", "Prefill speed")):
-        _speed_card(add, metric, label, main)
+    for metric in sorted(METRICS.values(), key=lambda metric: metric.place):
+        if metric.card:
+            _speed_card(add, metric.name, metric.card, main)
     _memory_card(add, main, "Peak memory", ("device_allocated_peak", "device_process_used", "host_peak"))
     _memory_card(add, main, "Weights", ("weight_bytes",))
     before, after = (fmt.number(section(quality, arm).get("perplexity")) for arm in ("dense", "pruned"))
