@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 from sglp_bench.judge.certificates import Certification
 from sglp_bench.measure.memory import MemoryReading
-from sglp_bench.measure.timing import BlockSamples
-from sglp_bench.workloads.generate import Workload
+from sglp_bench.workloads.kinds import workload_from_json
+from sglp_bench.workloads.protocol import BenchmarkWorkload, Samples
 from sglp_deploy import _io
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, BenchmarkError
@@ -28,7 +27,7 @@ class Block:
         cycle: Mirrored cycle it belongs to.
         half: 0 or 1; blocks of the same cycle and half are paired.
         load_s: Time to open the artifact; not part of any metric.
-        samples: Raw times.
+        samples: Raw times, in the shape of the workload.
         conditions: ``{"start", "end"}``, see :func:`sglp_bench.devices.environment.block_conditions`.
     """
 
@@ -36,7 +35,7 @@ class Block:
     cycle: int
     half: int
     load_s: float
-    samples: BlockSamples
+    samples: Samples
     conditions: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -58,14 +57,14 @@ class Block:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Block:
-        """Inverse of :meth:`to_json`."""
+    def from_json(cls, value: Mapping[str, Any], workload: BenchmarkWorkload) -> Block:
+        """Inverse of :meth:`to_json`; the samples are those of ``workload``."""
         return cls(
             value["index"],
             value["cycle"],
             value["half"],
             value["load_s"],
-            BlockSamples.from_json({**value["samples"], "warm_up": value["warm_up"]}),
+            workload.read_samples({**value["samples"], "warm_up": value["warm_up"]}),
             value["conditions"],
         )
 
@@ -95,11 +94,11 @@ class ArmResult:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ArmResult:
+    def from_json(cls, value: Mapping[str, Any], workload: BenchmarkWorkload) -> ArmResult:
         """Inverse of :meth:`to_json`."""
         return cls(
             artifact=value["artifact"],
-            blocks=tuple(Block.from_json(block) for block in value["blocks"]),
+            blocks=tuple(Block.from_json(block, workload) for block in value["blocks"]),
             memory={rung: MemoryReading.from_json(reading) for rung, reading in value["memory"].items()},
         )
 
@@ -113,7 +112,7 @@ class BenchmarkResult:
         baseline: Label of the arm the others are judged by.
         control: Label of the second instance of the baseline (the A/A control), or None.
         arms: Label to measurements.
-        vocab_size: Range of the token ids.
+        vocab_size: Range of the token ids; None when the workload draws none.
         environment: See :func:`sglp_bench.devices.environment.collect_environment`.
 
     Raises:
@@ -121,11 +120,11 @@ class BenchmarkResult:
             is unknown.
     """
 
-    workload: Workload
+    workload: BenchmarkWorkload
     baseline: str
     control: str | None
     arms: Mapping[str, ArmResult]
-    vocab_size: int
+    vocab_size: int | None
     environment: Mapping[str, Any]
 
     def __post_init__(self) -> None:
@@ -173,11 +172,12 @@ class BenchmarkResult:
             ArtifactError: If a field is missing or mistyped.
         """
         try:
+            workload = workload_from_json(value["workload"])
             return cls(
-                workload=Workload.from_json(value["workload"]),
+                workload=workload,
                 baseline=value["baseline"],
                 control=value["control"],
-                arms={label: ArmResult.from_json(arm) for label, arm in value["arms"].items()},
+                arms={label: ArmResult.from_json(arm, workload) for label, arm in value["arms"].items()},
                 vocab_size=value["vocab_size"],
                 environment=value["environment"],
             )
@@ -198,31 +198,13 @@ class BenchmarkResult:
         return cls.from_json(_io.read_json(Path(path), "result"))
 
 
-def check_samples(label: str, block: Block, workload: Workload) -> None:
+def check_samples(label: str, block: Block, workload: BenchmarkWorkload) -> None:
     """Refuse a block whose times cannot be true.
 
     Raises:
         BenchmarkError: If a time is not a finite number above zero, or samples are missing.
     """
-    samples = block.samples
-    where = f"arm {label!r}, block {block.index}"
-    wanted = (workload.prefill_repeats, [workload.decode_tokens] * workload.decode_repeats)
-    found = (len(samples.prefill_s), [len(steps) for steps in samples.decode_s])
-    if found != wanted:
-        raise BenchmarkError(
-            f"{where}: {found[0]} prefills and decodes of {found[1]} steps were recorded, the workload asks for "
-            f"{wanted[0]} and {wanted[1]}; samples are missing; measure it again"
-        )
-    for name, values in (
-        ("prefill_s", samples.prefill_s),
-        ("decode_s", [step for steps in samples.decode_s for step in steps]),
-    ):
-        for value in values:
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-                raise BenchmarkError(
-                    f"{where}: {name} holds {value!r}; a time is finite and above zero; "
-                    "the clock or the runner is broken, so measure it again"
-                )
+    workload.check_samples(f"arm {label!r}, block {block.index}", block.samples)
 
 
 def artifact_facts(artifact: ExportArtifact, certificate: Certification) -> dict[str, Any]:
@@ -247,6 +229,6 @@ def summarise_arm(arm: ArmResult) -> dict[str, Any]:
         "artifact": dict(arm.artifact),
         "memory": {rung: asdict(reading) for rung, reading in arm.memory.items()},
         "n_blocks": len(arm.blocks),
-        "blocks_never_settled": [block.index for block in arm.blocks if not block.samples.warm_up.settled],
+        "blocks_never_settled": [block.index for block in arm.blocks if not block.samples.settled],
         "load_s": [block.load_s for block in arm.blocks],
     }

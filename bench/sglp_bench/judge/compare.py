@@ -15,7 +15,7 @@ from sglp_bench.judge.intervals import hierarchical_bootstrap, percentiles, sign
 from sglp_bench.metrics.metric import MemoryMetric, TimeMetric
 from sglp_bench.metrics.registry import MEMORY_METRICS, TIME_METRICS
 from sglp_bench.result import ArmResult, BenchmarkResult, summarise_arm
-from sglp_bench.workloads.generate import Workload
+from sglp_bench.workloads.protocol import BenchmarkWorkload
 from sglp_deploy.errors import BenchmarkError, ConfigError, IncomparableResultsError
 
 __all__ = ["EQUIVALENCE", "Comparison", "Control", "MetricComparison", "compare_results", "judge"]
@@ -61,6 +61,7 @@ def compare_results(
     metrics = {
         name: _compare_times(metric, result, other, left, right, paired, (baseline, candidate), resamples, seed)
         for name, metric in TIME_METRICS.items()
+        if metric.series in result.workload.series
     }
     notes = _notes(result, left, right, paired, different, (baseline, candidate))
     for name, memory in MEMORY_METRICS.items():
@@ -220,13 +221,13 @@ def _pairs(left: ArmResult, right: ArmResult) -> list[tuple[int, int]]:
 
 
 def _iterations(
-    metric: TimeMetric, arm: ArmResult, work: Workload, places: Sequence[int] | None = None
+    metric: TimeMetric, arm: ArmResult, work: BenchmarkWorkload, places: Sequence[int] | None = None
 ) -> NDArray[np.float64]:
     blocks = arm.blocks if places is None else [arm.blocks[place] for place in places]
     return np.stack([metric.iterations(block.samples, work) for block in blocks])
 
 
-def _level(metric: TimeMetric, arm: ArmResult, work: Workload) -> float:
+def _level(metric: TimeMetric, arm: ArmResult, work: BenchmarkWorkload) -> float:
     return float(np.median(np.median(_iterations(metric, arm, work), axis=1)))
 
 
@@ -243,7 +244,7 @@ def _only_candidate(result: BenchmarkResult) -> str:
 
 def _differences(result: BenchmarkResult, other: BenchmarkResult, left: ArmResult, right: ArmResult) -> list[str]:
     work, work_other = result.workload.to_json(), other.workload.to_json()
-    keys = [f"workload.{key}" for key in work if work[key] != work_other[key]]
+    keys = [f"workload.{key}" for key in work | work_other if work.get(key) != work_other.get(key)]
     if result.vocab_size != other.vocab_size:
         keys.append("vocab_size")
     keys += [f"environment.{key}" for key in differing_keys(result.environment, other.environment)]
@@ -273,7 +274,7 @@ def _notes(
         if left.artifact[key] != right.artifact[key]:
             notes.append(f"the arms differ in {key}: {left.artifact[key]} and {right.artifact[key]}")
     blocks = [*left.blocks, *right.blocks]
-    if count := sum(not block.samples.warm_up.settled for block in blocks):
+    if count := sum(not block.samples.settled for block in blocks):
         notes.append(f"{count} of {len(blocks)} blocks never settled in their warm-up")
     cpus = result.environment.get("cpus_usable")
     loads = [block.conditions.get("start", {}).get("load_average_1min") for block in blocks]

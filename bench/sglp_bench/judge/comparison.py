@@ -9,7 +9,8 @@ from typing import Any
 
 from sglp_bench.judge.ceiling import fraction_of_ceiling, gain_fraction
 from sglp_bench.result import BenchmarkResult
-from sglp_bench.workloads.generate import Workload
+from sglp_bench.workloads.kinds import workload_from_json
+from sglp_bench.workloads.protocol import BenchmarkWorkload
 from sglp_deploy import _io
 from sglp_deploy.errors import ArtifactError, ConfigError
 
@@ -109,7 +110,7 @@ class Comparison:
     control: str | None
     paired: bool
     n_pairs: int
-    workload: Workload
+    workload: BenchmarkWorkload
     environment: Mapping[str, Any]
     arms: Mapping[str, Any]
     metrics: Mapping[str, MetricComparison]
@@ -164,7 +165,7 @@ class Comparison:
         """
         try:
             return cls(
-                workload=Workload.from_json(value["workload"]),
+                workload=workload_from_json(value["workload"]),
                 metrics={name: MetricComparison.from_json(metric) for name, metric in value["metrics"].items()},
                 notes=tuple(value["notes"]),
                 **{

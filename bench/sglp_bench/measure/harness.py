@@ -24,9 +24,8 @@ from sglp_bench.devices.here import run_worker
 from sglp_bench.judge.certificates import require_certificates
 from sglp_bench.judge.compare import Comparison, compare_results
 from sglp_bench.measure.memory import MemoryReading
-from sglp_bench.measure.timing import BlockSamples
 from sglp_bench.result import ArmResult, BenchmarkResult, Block, artifact_facts, check_samples
-from sglp_bench.workloads.generate import Workload
+from sglp_bench.workloads.protocol import BenchmarkWorkload
 from sglp_deploy import _io
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, BenchmarkError, ConfigError, IncomparableResultsError
@@ -62,7 +61,7 @@ def schedule(labels: Sequence[str], cycles: int) -> list[Slot]:
 def benchmark_pair(
     baseline: ExportArtifact,
     candidate: ExportArtifact,
-    workload: Workload,
+    workload: BenchmarkWorkload,
     *,
     out_dir: str | Path | None = None,
     control: bool = True,
@@ -120,7 +119,7 @@ def benchmark_pair(
 
 def run_arms(
     arms: Mapping[str, ExportArtifact],
-    workload: Workload,
+    workload: BenchmarkWorkload,
     *,
     baseline: str | None = None,
     control: bool = True,
@@ -160,7 +159,8 @@ def run_arms(
                 f"{artifact.path} is no longer the artifact of arm {label!r}; its manifest changed since it was read; "
                 "load it again"
             )
-    vocab_size = _common_vocabulary(arms) if vocab_size is None else vocab_size
+    if vocab_size is None and workload.draws_tokens:
+        vocab_size = _common_vocabulary(arms)
     states = require_certificates(arms, certificates, unverified=unverified)
     environment = collect_environment(device=workload.device, threads=workload.threads)
     named_openers: dict[str, str | None] = {label: (openers or {}).get(label) for label in arms}
@@ -209,7 +209,7 @@ class _Run:
         folder: Path,
         specs: Mapping[str, dict[str, Any]],
         environment: Mapping[str, Any],
-        workload: Workload,
+        workload: BenchmarkWorkload,
         timeout_s: float,
         progress: Progress | None,
     ) -> None:
@@ -247,7 +247,7 @@ class _Run:
         return memory, blocks
 
     def _block(self, slot: Slot, answer: Mapping[str, Any]) -> Block:
-        samples = BlockSamples.from_json(answer["samples"])
+        samples = self._workload.read_samples(answer["samples"])
         return Block(slot.index, slot.cycle, slot.half, answer["load_s"], samples, answer["conditions"])
 
     def _file(self, label: str, mode: str, index: int) -> Path:

@@ -5,14 +5,14 @@ So a third party's format is measured as soon as its runner can do what the work
 
 from __future__ import annotations
 
-from sglp_bench.workloads.generate import Workload
+from sglp_bench.workloads.protocol import BenchmarkWorkload
 from sglp_deploy import registry
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, ConfigError, MissingDependencyError
 from sglp_deploy.protocols import Runner
 
 
-def reason_not_timed(artifact: ExportArtifact, workload: Workload) -> str | None:
+def reason_not_timed(artifact: ExportArtifact, workload: BenchmarkWorkload) -> str | None:
     """Why ``artifact`` cannot be measured by ``workload`` on this machine, or None when it can.
 
     Its registered exporter opens a runner, which is asked and never entered: no weight is loaded.
@@ -28,7 +28,7 @@ def reason_not_timed(artifact: ExportArtifact, workload: Workload) -> str | None
     return refusal(runner, artifact.format, workload)
 
 
-def refusal(runner: Runner, artifact_format: str, workload: Workload) -> str | None:
+def refusal(runner: Runner, artifact_format: str, workload: BenchmarkWorkload) -> str | None:
     """Why times of ``runner``, opened and not yet entered, would not be those of ``artifact_format``; else None."""
     if not_timed := getattr(runner, "not_timed", ""):
         return f"the runner of format {artifact_format!r} is not timed; {not_timed}"

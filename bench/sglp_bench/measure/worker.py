@@ -12,17 +12,16 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from sglp_bench.devices.environment import block_conditions
 from sglp_bench.measure.memory import device_readings, idle_host, peak_host
 from sglp_bench.measure.timeable import refusal
-from sglp_bench.measure.timing import run_untimed, time_block
-from sglp_bench.workloads.generate import Workload
+from sglp_bench.workloads.kinds import workload_from_json
 from sglp_deploy import _io, registry
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import BenchmarkError, ConfigError, SGLPError
-from sglp_deploy.protocols import Exporter, GeneratingRunner
+from sglp_deploy.protocols import Exporter
 
 _MEMORY_ITERATIONS = 2  # the second call is where a runtime's workspace has reached its size
 
@@ -54,12 +53,12 @@ def run_block(spec: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         SGLPError: If the artifact is not the one the parent saw, or a time of its runner would mean nothing.
     """
-    workload = Workload.from_json(spec["workload"])
+    workload = workload_from_json(spec["workload"])
     artifact = ExportArtifact.load(spec["artifact"], check_files=False)  # the parent has checked them
     if artifact.digest != spec["artifact_digest"]:
         raise BenchmarkError(f"{artifact.path} changed during the benchmark; its manifest differs; start again")
     exporter = resolve_opener(spec["opener"]) if spec["opener"] else _registered(artifact.format)
-    tokens = workload.input_ids(spec["vocab_size"])
+    inputs = workload.inputs(artifact, spec["vocab_size"])
     idle = idle_host()
     start = block_conditions(workload.device)
     loading = time.perf_counter()
@@ -69,17 +68,16 @@ def run_block(spec: Mapping[str, Any]) -> dict[str, Any]:
     with opened as runner:
         runner.synchronize()
         load_s = time.perf_counter() - loading
-        generating = cast("GeneratingRunner", runner)  # the workload has asked
         answer: dict[str, Any]
         if spec["mode"] == "memory":
             for _ in range(_MEMORY_ITERATIONS):
-                run_untimed(generating, tokens)
+                workload.run_untimed(runner, inputs)
             through_torch = bool(getattr(runner, "allocates_through_torch", False))
             device_memory = device_readings(workload.device, through_torch=through_torch)
             readings = {"host_idle": idle, "host_peak": peak_host(), **device_memory}
             answer = {"memory": {rung: reading.to_json() for rung, reading in readings.items()}}
         else:
-            answer = {"load_s": load_s, "samples": time_block(generating, tokens, workload).to_json()}
+            answer = {"load_s": load_s, "samples": workload.run_timed(runner, inputs).to_json()}
     conditions = {"start": start, "end": block_conditions(workload.device)}
     return {"schema": "block/1", "mode": spec["mode"], **answer, "conditions": conditions}
 

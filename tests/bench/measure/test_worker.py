@@ -13,10 +13,10 @@ import bench_fakes
 from bench_fakes import OPENER, VOCABULARY, fake_artifact
 from sglp_bench.devices.here import run_worker
 from sglp_bench.measure import worker
-from sglp_bench.measure.timing import BlockSamples
 from sglp_bench.measure.worker import main, resolve_opener, run_block
 from sglp_bench.result import Block, check_samples
 from sglp_bench.workloads.generate import Workload
+from sglp_bench.workloads.generate_samples import BlockSamples
 from sglp_deploy.errors import BenchmarkError, ConfigError
 
 TINY = Workload("tiny", prompt_tokens=3, decode_tokens=2, warmup_max=2, prefill_repeats=2, decode_repeats=1, cycles=1)

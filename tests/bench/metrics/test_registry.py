@@ -6,9 +6,9 @@ import pytest
 from bench_results import planted_result
 from sglp_bench.judge.compare import compare_results
 from sglp_bench.measure.memory import MemoryReading
-from sglp_bench.measure.timing import BlockSamples, WarmUp
 from sglp_bench.metrics.registry import MEMORY_METRICS, METRICS, TIME_METRICS
 from sglp_bench.workloads.generate import Workload
+from sglp_bench.workloads.generate_samples import BlockSamples, WarmUp
 
 
 def test_metrics_of_a_block_worked_by_hand() -> None:

@@ -9,9 +9,9 @@ import numpy as np
 from sglp_bench.devices.environment import COMPARABLE_KEYS
 from sglp_bench.measure.harness import CONTROL, schedule
 from sglp_bench.measure.memory import MemoryReading
-from sglp_bench.measure.timing import BlockSamples, WarmUp
 from sglp_bench.result import ArmResult, BenchmarkResult, Block
 from sglp_bench.workloads.generate import Workload
+from sglp_bench.workloads.generate_samples import BlockSamples, WarmUp
 
 WORK = Workload("planted", prompt_tokens=10, decode_tokens=8, prefill_repeats=5, decode_repeats=3, cycles=4)
 ENVIRONMENT: dict[str, Any] = {key: f"some {key}" for key in COMPARABLE_KEYS} | {"cpus_usable": 2}

@@ -9,8 +9,7 @@ import numpy as np
 
 from bench_fakes import FakeClock, FakeRunner
 from sglp_bench.measure.memory import MemoryReading
-from sglp_bench.measure.timing import time_block
-from sglp_bench.workloads.generate import Workload
+from sglp_bench.workloads.generate import Workload, time_block
 from sglp_deploy.artifact import ExportArtifact
 
 TINY = Workload("tiny", prompt_tokens=3, decode_tokens=2, warmup_max=4, prefill_repeats=2, decode_repeats=2, cycles=1)

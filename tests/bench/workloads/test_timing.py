@@ -7,8 +7,9 @@ import pytest
 from numpy.typing import NDArray
 
 from bench_fakes import VOCABULARY, FakeClock, FakeRunner, fake_artifact
-from sglp_bench.measure.timing import BlockSamples, is_flat, time_block
-from sglp_bench.workloads.generate import Workload
+from sglp_bench.workloads.generate import Workload, time_block
+from sglp_bench.workloads.generate_samples import BlockSamples
+from sglp_bench.workloads.timing import is_flat
 from sglp_deploy.errors import BenchmarkError
 
 WORK = Workload("mine", batch_size=2, prompt_tokens=3, decode_tokens=4, prefill_repeats=3, decode_repeats=2)
