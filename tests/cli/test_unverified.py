@@ -13,8 +13,8 @@ import pytest
 import cli_runs
 from bench_fakes import certificate, fake_artifact
 from bench_simulated import simulated_worker
+from sglp_bench.devices import here
 from sglp_bench.judge.certificates import CERTIFICATE, certification
-from sglp_bench.measure import harness
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.cli.console import Console
 from sglp_deploy.cli.main import main
@@ -25,7 +25,7 @@ BENCH = ("--workload", "smoke", "--threads", "1", "-q")
 
 @pytest.fixture(autouse=True)
 def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "run_worker", simulated_worker([]))
+    monkeypatch.setattr(here, "run_worker", simulated_worker([]))
 
 
 def bench(*arguments: Any) -> int:

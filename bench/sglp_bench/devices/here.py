@@ -1,4 +1,4 @@
-"""Starts the worker of one block and turns every way it can fail into one readable error."""
+"""This machine: starts the worker of one block and turns every way it can fail into one readable error."""
 
 from __future__ import annotations
 
@@ -11,18 +11,40 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sglp_bench.devices.environment import thread_variables
+from sglp_bench.devices.environment import collect_environment, thread_variables
 from sglp_deploy import _io
 from sglp_deploy.errors import ArtifactError, BenchmarkError
 
 _STDERR_LINES = 12
 
 
+class Here:
+    """Each block in a fresh process of this machine (:class:`sglp_bench.devices.device.Device`).
+
+    Attributes:
+        name: "here".
+    """
+
+    name = "here"
+
+    def environment(self, *, device: str, threads: int | None) -> dict[str, Any]:
+        """Facts about this machine and this interpreter."""
+        return collect_environment(device=device, threads=threads)
+
+    def run(self, spec: Mapping[str, Any], *, label: str, threads: int | None, timeout_s: float) -> dict[str, Any]:
+        """See :func:`run_worker`."""
+        told = {**spec, "pythonpath_before": os.environ.get("PYTHONPATH")}  # the worker puts it back
+        return run_worker(told, label=label, threads=threads, timeout_s=timeout_s)
+
+
+HERE = Here()
+
+
 def run_worker(spec: Mapping[str, Any], *, label: str, threads: int | None, timeout_s: float) -> dict[str, Any]:
     """Run one block in a fresh process and return its answer.
 
     Args:
-        spec: See :func:`sglp_bench.measure.worker.run_block`.
+        spec: See :func:`sglp_bench.measure.worker.run_block`, and ``pythonpath_before``.
         label: The arm, for messages.
         threads: Exported as the thread variables before the process starts: most libraries read them once, at import.
         timeout_s: The process and its children are killed after this long.

@@ -9,7 +9,6 @@ Each half of a cycle pairs every arm with the baseline measured next to it: two 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -19,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglp_bench.devices.environment import COMPARABLE_KEYS, collect_environment
-from sglp_bench.devices.here import run_worker
+from sglp_bench.devices.device import Device
+from sglp_bench.devices.environment import COMPARABLE_KEYS
+from sglp_bench.devices.here import HERE
 from sglp_bench.judge.certificates import require_certificates
 from sglp_bench.judge.compare import Comparison, compare_results
 from sglp_bench.measure.memory import MemoryReading
@@ -72,6 +72,7 @@ def benchmark_pair(
     progress: Progress | None = None,
     certificates: Iterable[ParityReport] = (),
     unverified: bool = False,
+    device: Device = HERE,
 ) -> Comparison:
     """Measure two artifacts of one format against each other.
 
@@ -89,6 +90,7 @@ def benchmark_pair(
         progress: Called before each worker process and once at the end; see :func:`tqdm_progress`.
         certificates: Parity reports of the two, beside those on disk (:mod:`sglp_bench.judge.certificates`).
         unverified: Measure although a certificate is missing or failed; result and comparison then say so.
+        device: The place that runs the blocks.
 
     Returns:
         The comparison; its ``result`` holds the raw samples.
@@ -110,6 +112,7 @@ def benchmark_pair(
         progress=progress,
         certificates=certificates,
         unverified=unverified,
+        device=device,
     )
     comparison = compare_results(result, baseline=labels[0], candidate=labels[1])
     if out_dir is not None:
@@ -130,6 +133,7 @@ def run_arms(
     progress: Progress | None = None,
     certificates: Iterable[ParityReport] = (),
     unverified: bool = False,
+    device: Device = HERE,
 ) -> BenchmarkResult:
     """Measure any number of artifacts in one interleaved run; compare any two with :func:`compare_results`.
 
@@ -145,6 +149,7 @@ def run_arms(
         progress: Progress callback.
         certificates: As in :func:`benchmark_pair`.
         unverified: As in :func:`benchmark_pair`.
+        device: As in :func:`benchmark_pair`.
 
     Raises:
         ConfigError: If a label is unusable, or the vocabulary is unknown or differs between arms.
@@ -162,7 +167,7 @@ def run_arms(
     if vocab_size is None and workload.draws_tokens:
         vocab_size = _common_vocabulary(arms)
     states = require_certificates(arms, certificates, unverified=unverified)
-    environment = collect_environment(device=workload.device, threads=workload.threads)
+    environment = device.environment(device=workload.device, threads=workload.threads)
     named_openers: dict[str, str | None] = {label: (openers or {}).get(label) for label in arms}
     artifacts = dict(arms)
     if control:
@@ -176,13 +181,12 @@ def run_arms(
             "opener": named_openers[label],
             "workload": workload.to_json(),
             "vocab_size": vocab_size,
-            "pythonpath_before": os.environ.get("PYTHONPATH"),
         }
         for label, artifact in artifacts.items()
     }
     with tempfile.TemporaryDirectory(prefix="sglp-bench-") as scratch:
         folder = Path(scratch if out_dir is None else out_dir)
-        run = _Run(folder / "blocks", specs, environment, workload, timeout_s, progress)
+        run = _Run(device, folder / "blocks", specs, environment, workload, timeout_s, progress)
         memory, blocks = run.measure()
         result = BenchmarkResult(
             workload=workload,
@@ -206,6 +210,7 @@ class _Run:
 
     def __init__(
         self,
+        device: Device,
         folder: Path,
         specs: Mapping[str, dict[str, Any]],
         environment: Mapping[str, Any],
@@ -213,10 +218,11 @@ class _Run:
         timeout_s: float,
         progress: Progress | None,
     ) -> None:
+        self._device = device
         self._folder = folder
         self._specs = specs
         # A block of another machine or another library version is not a block of this run.
-        self._place = {key: environment.get(key) for key in COMPARABLE_KEYS}
+        self._place = {"name": device.name, **{key: environment.get(key) for key in COMPARABLE_KEYS}}
         self._workload = workload
         self._timeout_s = timeout_s
         self._progress: Progress = progress or _silent
@@ -254,7 +260,7 @@ class _Run:
         return self._folder / (f"{index:04d}-{label}.json" if mode == "time" else f"memory-{label}.json")
 
     def _key(self, label: str, mode: str, index: int) -> str:
-        spec = {key: value for key, value in self._specs[label].items() if key not in ("artifact", "pythonpath_before")}
+        spec = {key: value for key, value in self._specs[label].items() if key != "artifact"}
         return _io.sha256_json([spec, self._place, label, mode, index])
 
     def _reuse(self, label: str, mode: str, index: int) -> dict[str, Any] | None:
@@ -269,7 +275,7 @@ class _Run:
 
     def _start(self, label: str, mode: str, index: int) -> dict[str, Any]:
         spec = {**self._specs[label], "mode": mode}
-        answer = run_worker(spec, label=label, threads=self._workload.threads, timeout_s=self._timeout_s)
+        answer = self._device.run(spec, label=label, threads=self._workload.threads, timeout_s=self._timeout_s)
         try:  # before it is saved: an unusable answer must not be found by a resumed run
             if mode == "time":
                 check_samples(label, self._block(Slot(index, 0, 0, label), answer), self._workload)

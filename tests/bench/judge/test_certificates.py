@@ -11,8 +11,8 @@ import pytest
 
 from bench_fakes import certificate, fake_artifact
 from bench_simulated import TINY, simulated_worker
+from sglp_bench.devices import here
 from sglp_bench.judge.certificates import CERTIFICATE, certification, unverified_note
-from sglp_bench.measure import harness
 from sglp_bench.measure.harness import benchmark_pair, run_arms
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import BenchmarkError
@@ -22,7 +22,7 @@ from sglp_deploy.parity.certificate import ParityReport
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
-    monkeypatch.setattr(harness, "run_worker", simulated_worker(names))
+    monkeypatch.setattr(here, "run_worker", simulated_worker(names))
     return names
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from bench_fakes import OPENER, VOCABULARY, fake_artifact
 from bench_simulated import TINY, simulated_worker
-from sglp_bench.measure import harness
+from sglp_bench.devices import here
 from sglp_bench.measure.harness import benchmark_pair, run_arms, schedule, tqdm_progress, vocabulary_size
 from sglp_bench.result import BenchmarkResult
 from sglp_bench.workloads.generate import Workload
@@ -22,7 +22,7 @@ OPENERS = {"baseline": OPENER, "candidate": OPENER}
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
-    monkeypatch.setattr(harness, "run_worker", simulated_worker(names))
+    monkeypatch.setattr(here, "run_worker", simulated_worker(names))
     return names
 
 
@@ -133,7 +133,7 @@ def test_saved_blocks_of_another_benchmark_are_not_reused(
     elif change == "artifact":
         pruned = fake_artifact(tmp_path / "other", decode_s=0.04)
     elif change == "environment":
-        monkeypatch.setattr(harness, "collect_environment", lambda **_: {"python": "another"})
+        monkeypatch.setattr(here, "collect_environment", lambda **_: {"python": "another"})
     else:
         for file in (tmp_path / "out" / "blocks").iterdir():
             file.write_text('{"schema": "saved-block/0"}')
@@ -146,7 +146,7 @@ def test_an_answer_without_its_fields_is_not_saved(tmp_path: Path, monkeypatch: 
     def half_an_answer(spec: Mapping[str, Any], **_: Any) -> dict[str, Any]:
         return {"memory": {}} if spec["mode"] == "memory" else {"samples": {}}
 
-    monkeypatch.setattr(harness, "run_worker", half_an_answer)
+    monkeypatch.setattr(here, "run_worker", half_an_answer)
     with pytest.raises(
         BenchmarkError, match=r"worker of arm 'baseline' gave an answer without a usable field; KeyError"
     ):
@@ -163,7 +163,7 @@ def test_a_nan_sample_is_refused_and_not_saved(tmp_path: Path, monkeypatch: pyte
             answer["samples"]["decode_s"][1][0] = float("nan")
         return answer
 
-    monkeypatch.setattr(harness, "run_worker", lying)
+    monkeypatch.setattr(here, "run_worker", lying)
     with pytest.raises(BenchmarkError, match="decode_s holds nan; a time is finite and above zero"):
         benchmark_pair(*two_artifacts(tmp_path), TINY, out_dir=tmp_path / "out")
     assert not list((tmp_path / "out" / "blocks").glob("0*.json"))

@@ -12,8 +12,8 @@ import pytest
 
 from bench_fakes import OPENER, FakeClock, FakeExporter, ForwardOnlyRunner, fake_artifact
 from bench_results import planted_result
+from sglp_bench.devices import here
 from sglp_bench.judge import compare
-from sglp_bench.measure import harness
 from sglp_bench.measure.harness import run_arms
 from sglp_bench.measure.timeable import refusal
 from sglp_bench.measure.worker import run_block
@@ -101,7 +101,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> BenchmarkWorkload:
     monkeypatch.setitem(kinds._READERS, "passes", ForwardWork.from_json)
     monkeypatch.setitem(compare.TIME_METRICS, PASS_LATENCY.name, PASS_LATENCY)
     monkeypatch.setattr(ForwardOnlyRunner, "forward", lambda self, inputs: {})
-    monkeypatch.setattr(harness, "run_worker", lambda spec, **_: run_block(spec))
+    monkeypatch.setattr(here, "run_worker", lambda spec, **_: run_block(spec))
     return ForwardWork()
 
 
