@@ -15,7 +15,8 @@ from sglp_deploy import _io
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, BenchmarkError
 
-SCHEMA = "result/1"  # history: 1 = first
+SCHEMA = "result/2"  # history: 1 = first; 2 = the workload's kind, the device, power
+VERSIONS = (1, 2)  # those that are read; result/1 was always measured on the machine that wrote it
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ class BenchmarkResult:
         arms: Label to measurements.
         vocab_size: Range of the token ids; None when the workload draws none.
         environment: See :func:`sglp_bench.devices.environment.collect_environment`.
+        device: Name of the place that ran the blocks (:class:`sglp_bench.devices.device.Device`).
+        power: None: not measured yet.
 
     Raises:
         BenchmarkError: If a time is not finite or not above zero, a block has the wrong number of samples, or a label
@@ -126,6 +129,8 @@ class BenchmarkResult:
     arms: Mapping[str, ArmResult]
     vocab_size: int | None
     environment: Mapping[str, Any]
+    device: str = "here"
+    power: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for label in (self.baseline, *((self.control,) if self.control else ())):
@@ -157,6 +162,8 @@ class BenchmarkResult:
             "schema": SCHEMA,
             "workload": self.workload.to_json(),
             "workload_digest": self.workload.digest,
+            "device": self.device,
+            "power": None if self.power is None else dict(self.power),
             "baseline": self.baseline,
             "control": self.control,
             "vocab_size": self.vocab_size,
@@ -166,12 +173,13 @@ class BenchmarkResult:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> BenchmarkResult:
-        """Inverse of :meth:`to_json`.
+        """Inverse of :meth:`to_json`; ``result/1`` is read too.
 
         Raises:
             ArtifactError: If a field is missing or mistyped.
         """
         try:
+            first = value["schema"] == "result/1"
             workload = workload_from_json(value["workload"])
             return cls(
                 workload=workload,
@@ -180,6 +188,8 @@ class BenchmarkResult:
                 arms={label: ArmResult.from_json(arm, workload) for label, arm in value["arms"].items()},
                 vocab_size=value["vocab_size"],
                 environment=value["environment"],
+                device="here" if first else value["device"],
+                power=None if first else value["power"],
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"the result lacks or mistypes a field; {error!r}; measure it again") from error
@@ -195,7 +205,7 @@ class BenchmarkResult:
         Raises:
             ArtifactError: If the file is missing, incomplete, or of an unknown schema.
         """
-        return cls.from_json(_io.read_json(Path(path), "result"))
+        return cls.from_json(_io.read_json(Path(path), "result", VERSIONS))
 
 
 def check_samples(label: str, block: Block, workload: BenchmarkWorkload) -> None:

@@ -246,6 +246,7 @@ def _environment(value: Json) -> str:
 _VIEWS: dict[str, Callable[[Json], str]] = {
     "artifact/1": _artifact,
     "comparison/1": _comparison,
+    "comparison/2": _comparison,
     "environment/1": _environment,
     "parity/1": _parity,
     "perplexity/1": _perplexity,
@@ -253,6 +254,7 @@ _VIEWS: dict[str, Callable[[Json], str]] = {
     "quality/1": _quality,
     "report/1": _report,
     "result/1": _result,
+    "result/2": _result,
     "run/1": _run,
     "similarity/1": _similarity,
 }

@@ -53,10 +53,12 @@ def test_candidates_are_the_arms_that_are_neither_baseline_nor_control() -> None
 def test_the_file_has_this_shape(tmp_path: Path) -> None:
     planted_result().save(tmp_path / "result.json")
     value = json.loads((tmp_path / "result.json").read_text())
-    assert value["schema"] == "result/1"
+    assert value["schema"] == "result/2"
     assert set(value) == {
-        "schema", "workload", "workload_digest", "baseline", "control", "vocab_size", "environment", "arms",
+        "schema", "workload", "workload_digest", "device", "power", "baseline", "control", "vocab_size",
+        "environment", "arms",
     }  # fmt: skip
+    assert (value["workload"]["kind"], value["device"], value["power"]) == ("generate", "here", None)
     block = value["arms"]["candidate"]["blocks"][0]
     assert set(block) == {"index", "cycle", "half", "load_s", "warm_up", "samples", "conditions"}
     assert set(block["samples"]) == {"prefill_s", "decode_s"}
@@ -70,13 +72,30 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
     assert BenchmarkResult.load(tmp_path / "result.json") == result
 
 
+def test_a_file_of_the_first_schema_is_still_read(tmp_path: Path) -> None:
+    value = planted_result().to_json()
+    value["schema"] = "result/1"
+    del value["device"], value["power"], value["workload"]["kind"]
+    (tmp_path / "result.json").write_text(json.dumps(value))
+    assert BenchmarkResult.load(tmp_path / "result.json") == planted_result()
+    value["schema"] = "result/2"
+    with pytest.raises(ArtifactError, match=r"lacks or mistypes a field; KeyError\('device'\)"):
+        BenchmarkResult.from_json(value)
+
+
+def test_the_place_survives_the_file(tmp_path: Path) -> None:
+    result = replace(planted_result(), device="ssh://board", power={"probe": "none"})
+    result.save(tmp_path / "result.json")
+    assert BenchmarkResult.load(tmp_path / "result.json") == result
+
+
 def test_an_incomplete_file_and_another_schema_are_refused(tmp_path: Path) -> None:
     value = planted_result().to_json()
     del value["arms"]["candidate"]["blocks"][0]["samples"]
     with pytest.raises(ArtifactError, match=r"the result lacks or mistypes a field; KeyError\('samples'\)"):
         BenchmarkResult.from_json(value)
     (tmp_path / "result.json").write_text('{"schema": "result/9"}')
-    with pytest.raises(ArtifactError, match=r"schema 'result/9'; this version reads 'result/1'"):
+    with pytest.raises(ArtifactError, match=r"schema 'result/9'; this version reads 'result/1' and 'result/2'"):
         BenchmarkResult.load(tmp_path / "result.json")
 
 

@@ -223,11 +223,11 @@ def test_bench_measures_one_artifact_alone_and_two_as_a_pair(
     fake_artifact(tmp_path / "one")
     fake_artifact(tmp_path / "two", weight_bytes=800)
     alone = answer(capsys, "bench", tmp_path / "one", "--workload", "smoke", "-o", tmp_path / "alone")
-    assert alone["schema"] == "result/1"
+    assert alone["schema"] == "result/2"
     assert list(alone["arms"]) == ["artifact"]
     options = ("--workload", "smoke", "--no-control", "--threads", "1", "-o", tmp_path / "pair")
     pair = answer(capsys, "bench", tmp_path / "two", "--against", tmp_path / "one", *options)
-    assert pair["schema"] == "comparison/1"
+    assert pair["schema"] == "comparison/2"
     assert pair["metrics"]["weight_bytes"]["ratio"] == 1.25
     assert sorted(path.name for path in (tmp_path / "pair").iterdir()) == ["comparison.json", "result.json"]
 

@@ -82,6 +82,7 @@ def compare_results(
         arms={baseline: summarise_arm(left), candidate: summarise_arm(right)},
         metrics=metrics,
         notes=tuple(notes),
+        device=result.device,
         result=result if paired else None,
     )
 

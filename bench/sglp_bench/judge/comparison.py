@@ -14,7 +14,8 @@ from sglp_bench.workloads.protocol import BenchmarkWorkload
 from sglp_deploy import _io
 from sglp_deploy.errors import ArtifactError, ConfigError
 
-SCHEMA = "comparison/1"  # history: 1 = first
+SCHEMA = "comparison/2"  # history: 1 = first; 2 = the workload's kind, the device
+VERSIONS = (1, 2)  # those that are read
 
 Interval = tuple[float, float]
 
@@ -99,6 +100,7 @@ class Comparison:
         n_pairs: Pairs of blocks (0 when not paired).
         workload: What both did.
         environment: Where.
+        device: Name of the place, as in the result.
         arms: The two labels to their facts (:func:`sglp_bench.result.summarise_arm`).
         metrics: Metric name to comparison.
         notes: What a reader should know before quoting a number.
@@ -115,6 +117,7 @@ class Comparison:
     arms: Mapping[str, Any]
     metrics: Mapping[str, MetricComparison]
     notes: tuple[str, ...] = ()
+    device: str = "here"
     result: BenchmarkResult | None = field(default=None, repr=False, compare=False)
 
     def with_ceilings(self, ceilings: Mapping[str, float]) -> Comparison:
@@ -150,6 +153,7 @@ class Comparison:
             "n_pairs": self.n_pairs,
             "workload": self.workload.to_json(),
             "workload_digest": self.workload.digest,
+            "device": self.device,
             "environment": dict(self.environment),
             "arms": dict(self.arms),
             "metrics": {name: asdict(metric) for name, metric in self.metrics.items()},
@@ -158,7 +162,7 @@ class Comparison:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Comparison:
-        """Inverse of :meth:`to_json`; ``result`` is None.
+        """Inverse of :meth:`to_json`; ``result`` is None, and ``comparison/1`` is read too.
 
         Raises:
             ArtifactError: If a field is missing or mistyped.
@@ -168,6 +172,7 @@ class Comparison:
                 workload=workload_from_json(value["workload"]),
                 metrics={name: MetricComparison.from_json(metric) for name, metric in value["metrics"].items()},
                 notes=tuple(value["notes"]),
+                device="here" if value["schema"] == "comparison/1" else value["device"],
                 **{
                     key: value[key]
                     for key in ("baseline", "candidate", "control", "paired", "n_pairs", "environment", "arms")
@@ -187,7 +192,7 @@ class Comparison:
         Raises:
             ArtifactError: If the file is missing, incomplete, or of an unknown schema.
         """
-        return cls.from_json(_io.read_json(Path(path), "comparison"))
+        return cls.from_json(_io.read_json(Path(path), "comparison", VERSIONS))
 
 
 def _tuple(value: Sequence[float] | None) -> Any:

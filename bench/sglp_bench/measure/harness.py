@@ -198,6 +198,7 @@ def run_arms(
             },
             vocab_size=vocab_size,
             environment=environment,
+            device=device.name,
         )
         if out_dir is not None:
             result.save(folder / "result.json")

@@ -43,7 +43,7 @@ def numbers_only(rows: Any) -> bool:
 def measurement(
     name: str, comparison: Json, result: Mapping[str, Any] | None, plan: Json, parity: Sequence[Json]
 ) -> Json:
-    """One ``comparison/1`` with the raw samples of its ``result/1``, as the page shows it.
+    """One comparison with the raw samples of its result, as the page shows it.
 
     Args:
         name: What the reader calls it, "onnx" for example.

@@ -12,13 +12,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sglp_bench.judge.comparison import VERSIONS as COMPARISON_VERSIONS
 from sglp_bench.report import wording as fmt
 from sglp_bench.report.facts import Json, cards, measurement, missing, section
+from sglp_bench.result import VERSIONS as RESULT_VERSIONS
 from sglp_deploy import _io
 from sglp_deploy.errors import ArtifactError
 from sglp_deploy.plan import VERSIONS as PLAN_VERSIONS
 
 SCHEMA = "report/1"  # history: 1 = first
+_VERSIONS = {"comparison": COMPARISON_VERSIONS, "plan": PLAN_VERSIONS, "result": RESULT_VERSIONS}  # else: the first
 _LISTS = ("artifacts", "parity", "measurements", "claims", "cards", "missing")
 
 
@@ -32,9 +35,9 @@ class RunReport:
         plan: ``plan/3``, or an older one.
         artifacts: ``artifact/1`` each, or ``{"name", "manifest", "digest"}``.
         parity: ``parity/1`` each.
-        comparisons: ``comparison/1`` each; one that still has its raw samples brings them along.
+        comparisons: ``comparison/2`` each (or ``comparison/1``); one that still has its raw samples brings them along.
         quality: ``quality/1``.
-        results: ``result/1`` by the name of the comparison, or in the same order.
+        results: ``result/2`` (or ``result/1``) by the name of the comparison, or in the same order.
         provenance: ``{"versions", "machine", "command", "created", "seed", "stages"}``, each optional.
         title: Heading of the page; made from the model and its depth when omitted.
         checkpoint: ``{"parameters", "dense_parameters"}`` of the pruned checkpoint.
@@ -192,7 +195,7 @@ def _optional(path: Path, kind: str | None = None) -> Json | None:
     if not path.is_file():
         return None
     if kind:
-        return _io.read_json(path, kind, PLAN_VERSIONS if kind == "plan" else (1,))
+        return _io.read_json(path, kind, _VERSIONS.get(kind, (1,)))
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -201,7 +204,8 @@ def _optional(path: Path, kind: str | None = None) -> Json | None:
 
 
 def _folder_of(root: Path, pattern: str, kind: str) -> dict[str, Json]:
-    return {file.parent.name: _io.read_json(file, kind) for file in sorted(root.glob(pattern))}
+    versions = _VERSIONS.get(kind, (1,))
+    return {file.parent.name: _io.read_json(file, kind, versions) for file in sorted(root.glob(pattern))}
 
 
 def _provenance(run: Json) -> Json | None:

@@ -45,6 +45,7 @@ def test_every_block_and_every_fact_comes_from_the_device(tmp_path: Path) -> Non
     result = run_arms({"a": fake_artifact(tmp_path / "a")}, TINY, device=device)
     assert device.started == ["memory:a", "memory:control", *["time:a", "time:control"], *["time:control", "time:a"]]
     assert device.asked == [("cpu", None)]
+    assert result.device == "board"
     assert result.environment == {"cpu_model": "a board's"}
     # Nothing of this machine but the folder of the artifact, which the device takes there.
     assert {tuple(sorted(spec)) for spec in device.specs} == {

@@ -237,7 +237,7 @@ def test_a_comparison_survives_its_file_and_is_reproducible(tmp_path: Path) -> N
     assert Comparison.load(tmp_path / "comparison.json") == found
     assert compare(result) == compare(result)
     value = json.loads((tmp_path / "comparison.json").read_text())
-    assert value["schema"] == "comparison/1"
+    assert value["schema"] == "comparison/2"
     assert value["metrics"]["prefill_latency_s"]["control"].keys() == {"ratio", "interval", "noise_floor"}
 
 
@@ -245,4 +245,24 @@ def test_an_incomplete_comparison_is_refused() -> None:
     value = compare(planted_result()).to_json()
     del value["metrics"]["prefill_latency_s"]["control"]
     with pytest.raises(ArtifactError, match=r"the comparison lacks or mistypes a field; KeyError\('control'\)"):
+        Comparison.from_json(value)
+
+
+def test_a_comparison_of_the_first_schema_is_still_read(tmp_path: Path) -> None:
+    files = sorted(Path(__file__).parents[3].glob("bench/results/*-comparison.json"))
+    assert files
+    for file in files:
+        found = Comparison.load(file)
+        assert (found.device, found.workload.kind) == ("here", "generate")
+        found.save(tmp_path / "again.json")
+        assert Comparison.load(tmp_path / "again.json") == found
+
+
+def test_a_comparison_names_the_place_of_its_result() -> None:
+    found = compare(replace(planted_result(), device="ssh://board"))
+    assert found.device == "ssh://board"
+    value = found.to_json()
+    assert Comparison.from_json(value).device == "ssh://board"
+    del value["device"]
+    with pytest.raises(ArtifactError, match=r"KeyError\('device'\)"):
         Comparison.from_json(value)
