@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 _HOME = {
     "BenchmarkResult": "sglp_bench.result",
-    "Comparison": "sglp_bench.judge.comparison",
+    "Comparison": "sglp_bench.judge.compare",
     "RunReport": "sglp_bench.report.run_report",
     "Workload": "sglp_bench.workloads.generate",
     "benchmark_pair": "sglp_bench.measure.harness",
@@ -31,8 +31,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from sglp_bench.judge.compare import compare_results
-    from sglp_bench.judge.comparison import Comparison
+    from sglp_bench.judge.compare import Comparison, compare_results
     from sglp_bench.measure.harness import benchmark_pair, run_arms
     from sglp_bench.measure.timeable import reason_not_timed
     from sglp_bench.report.run_report import RunReport

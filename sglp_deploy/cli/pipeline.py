@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglp_bench.devices.environment import COMPARABLE_KEYS, collect_environment
 from sglp_bench.judge.ceiling import decode_ceiling, prefill_ceiling
-from sglp_bench.judge.compare import compare_results
-from sglp_bench.judge.comparison import Comparison
+from sglp_bench.judge.compare import Comparison, compare_results
 from sglp_bench.measure.harness import run_arms
 from sglp_bench.report.run_report import RunReport
 from sglp_bench.result import BenchmarkResult

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import cli_runs
-from sglp_bench.judge.comparison import Comparison
+from sglp_bench.judge.compare import Comparison
 from sglp_bench.result import BenchmarkResult
 from sglp_deploy.cli import show
 from sglp_deploy.errors import ArtifactError

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sglp_bench.judge.comparison import VERSIONS as COMPARISON_VERSIONS
+from sglp_bench.judge.compare import VERSIONS as COMPARISON_VERSIONS
 from sglp_bench.report import wording as fmt
 from sglp_bench.report.facts import Json, cards, measurement, missing, section
 from sglp_bench.result import VERSIONS as RESULT_VERSIONS
