@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sglp_bench.devices.memory import MemoryReading
 from sglp_bench.judge.certificates import Certification
-from sglp_bench.measure.memory import MemoryReading
 from sglp_bench.workloads.kinds import workload_from_json
 from sglp_bench.workloads.protocol import BenchmarkWorkload, Samples
 from sglp_deploy import _io

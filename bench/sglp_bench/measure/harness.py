@@ -21,9 +21,9 @@ from typing import Any
 from sglp_bench.devices.device import Device
 from sglp_bench.devices.environment import COMPARABLE_KEYS
 from sglp_bench.devices.here import HERE
+from sglp_bench.devices.memory import MemoryReading
 from sglp_bench.judge.certificates import require_certificates
 from sglp_bench.judge.compare import Comparison, compare_results
-from sglp_bench.measure.memory import MemoryReading
 from sglp_bench.result import ArmResult, BenchmarkResult, Block, artifact_facts, check_samples
 from sglp_bench.workloads.protocol import BenchmarkWorkload
 from sglp_deploy import _io

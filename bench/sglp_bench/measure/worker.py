@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sglp_bench.devices.environment import block_conditions
-from sglp_bench.measure.memory import device_readings, idle_host, peak_host
+from sglp_bench.devices.memory import device_readings, idle_host, peak_host
 from sglp_bench.measure.timeable import refusal
 from sglp_bench.workloads.kinds import workload_from_json
 from sglp_deploy import _io, registry

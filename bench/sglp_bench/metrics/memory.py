@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sglp_bench.measure.memory import MemoryReading
+from sglp_bench.devices.memory import MemoryReading
 from sglp_bench.metrics.metric import MemoryMetric
 
 

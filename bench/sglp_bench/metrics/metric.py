@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sglp_bench.measure.memory import MemoryReading
+from sglp_bench.devices.memory import MemoryReading
 
 
 @dataclass(frozen=True)

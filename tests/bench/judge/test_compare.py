@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from bench_results import WORK, planted_result
+from sglp_bench.devices.memory import MemoryReading
 from sglp_bench.judge.compare import Comparison, compare_results
 from sglp_bench.judge.ratio import judge
-from sglp_bench.measure.memory import MemoryReading
 from sglp_bench.result import BenchmarkResult
 from sglp_bench.workloads.generate import Workload
 from sglp_deploy.errors import ArtifactError, BenchmarkError, ConfigError, IncomparableResultsError

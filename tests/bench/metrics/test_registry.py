@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from bench_results import planted_result
+from sglp_bench.devices.memory import MemoryReading
 from sglp_bench.judge.compare import compare_results
-from sglp_bench.measure.memory import MemoryReading
 from sglp_bench.metrics.registry import MEMORY_METRICS, METRICS, TIME_METRICS
 from sglp_bench.workloads.generate import Workload
 from sglp_bench.workloads.generate_samples import BlockSamples, WarmUp

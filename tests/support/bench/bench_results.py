@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from sglp_bench.devices.environment import COMPARABLE_KEYS
+from sglp_bench.devices.memory import MemoryReading
 from sglp_bench.measure.harness import CONTROL, schedule
-from sglp_bench.measure.memory import MemoryReading
 from sglp_bench.result import ArmResult, BenchmarkResult, Block
 from sglp_bench.workloads.generate import Workload
 from sglp_bench.workloads.generate_samples import BlockSamples, WarmUp

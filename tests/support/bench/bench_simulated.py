@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bench_fakes import FakeClock, FakeRunner
-from sglp_bench.measure.memory import MemoryReading
+from sglp_bench.devices.memory import MemoryReading
 from sglp_bench.workloads.generate import Workload, time_block
 from sglp_deploy.artifact import ExportArtifact
 

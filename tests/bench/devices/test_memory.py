@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sglp_bench.measure import memory
-from sglp_bench.measure.memory import MemoryReading, device_readings, idle_host, peak_host
+from sglp_bench.devices import memory
+from sglp_bench.devices.memory import MemoryReading, device_readings, idle_host, peak_host
 
 
 def fake_proc(root: Path, entries: dict[str, str]) -> Path:
@@ -46,7 +46,7 @@ def test_a_system_without_proc_falls_back_to_ru_maxrss_under_that_name(tmp_path:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_the_peak_keeps_what_was_touched_and_freed() -> None:
     code = (
-        "from sglp_bench.measure.memory import idle_host, peak_host\n"
+        "from sglp_bench.devices.memory import idle_host, peak_host\n"
         "before = idle_host().bytes\n"
         "block = bytearray(b'x') * (64 << 20)\n"
         "del block\n"
