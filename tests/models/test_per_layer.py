@@ -24,14 +24,8 @@ from transformers import (
 import tiny
 from sglp_deploy.errors import UnsupportedModelError
 from sglp_deploy.models import FAMILIES, ConfigChange, Family, pruned_config
-from sglp_deploy.models.transformers.config import (
-    INDEX_LISTS,
-    NOT_PER_LAYER,
-    PREFIX_COUNTS,
-    SUPERSEDED,
-    config_changes,
-    fitting_period,
-)
+from sglp_deploy.models.transformers.config import config_changes
+from sglp_deploy.models.transformers.rules import INDEX_LISTS, NOT_PER_LAYER, PREFIX_COUNTS, SUPERSEDED, fitting_period
 
 KEEP = (0, 2, 3, 6)
 DEPTH = 7

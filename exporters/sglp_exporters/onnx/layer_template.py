@@ -29,7 +29,7 @@ from sglp_deploy.materialize import select_layers
 from sglp_deploy.models import layer_stack, pruned_config
 from sglp_deploy.models.settings import layer_settings
 from sglp_deploy.models.transformers.adapter import config_facts
-from sglp_deploy.models.transformers.config import INDEX_LISTS, PREFIX_COUNTS, SUPERSEDED
+from sglp_deploy.models.transformers.rules import INDEX_LISTS, PREFIX_COUNTS, SUPERSEDED
 from sglp_exporters.onnx.decoder_trace import trace_decoder
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Decoder language models.
 
 Almost every family needs nothing said: its layers differ by lists the configuration holds, and the rules of
-:mod:`sglp_deploy.models.transformers.config` rewrite those.  What is said here is what the code does beside the
+:mod:`sglp_deploy.models.transformers.rules` rewrite those.  What is said here is what the code does beside the
 configuration.
 """
 
