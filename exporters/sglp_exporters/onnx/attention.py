@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from sglp_exporters.onnx.graph_edit import put_in_place
+from sglp_exporters.onnx.passes import constant, put_in_place
 
 _TO_THE_END = 1 << 31  # an end this far is "to the end" for any tensor; the tracer writes the greatest int64
 _SWAP_LAST = [0, 1, 3, 2]
@@ -89,16 +89,16 @@ def _rewrite(graph: ir.Graph, node: ir.Node, product: _Product) -> None:
     left, right = product.left, product.cache
     if product.scale is not None:
         dtype = (left.dtype or ir.DataType.FLOAT).numpy()
-        left = tape.op("Mul", [left, _constant(tape, np.array(product.scale, dtype))])
+        left = tape.op("Mul", [left, constant(tape, np.array(product.scale, dtype))])
     grouped = product.heads != product.key_heads
     if grouped:
         # 0 keeps the size at that place.  The query heads of one key head lie next to each other: rows of one matrix.
-        left = tape.op("Reshape", [left, _constant(tape, np.array([0, product.key_heads, -1, 0], np.int64))])
+        left = tape.op("Reshape", [left, constant(tape, np.array([0, product.key_heads, -1, 0], np.int64))])
     if product.swapped:
         right = tape.op("Transpose", [right], attributes={"perm": _SWAP_LAST})
     result = tape.op("MatMul", [left, right])
     if grouped:
-        result = tape.op("Reshape", [result, _constant(tape, np.array([0, product.heads, -1, 0], np.int64))])
+        result = tape.op("Reshape", [result, constant(tape, np.array([0, product.heads, -1, 0], np.int64))])
     put_in_place(graph, node, result, tape)
 
 
@@ -208,7 +208,3 @@ def _first(start: int) -> bool:
 def _ints(value: ir.Value | None) -> list[int] | None:
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return None if tensor is None else [int(number) for number in tensor.numpy().reshape(-1)]
-
-
-def _constant(tape: ir.tape.Tape, array: np.ndarray) -> ir.Value:
-    return tape.op("Constant", [], attributes={"value": ir.AttrTensor("value", ir.tensor(array))})

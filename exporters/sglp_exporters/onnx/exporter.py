@@ -92,7 +92,7 @@ class OnnxExporter:
         import onnx_ir as ir
 
         from sglp_deploy.models import precision as precision_of
-        from sglp_exporters.onnx import forward_trace, passes
+        from sglp_exporters.onnx import attention, forward_trace, passes
         from sglp_exporters.onnx.precision import in_precision
 
         own = precision_of(model.module)
@@ -106,7 +106,7 @@ class OnnxExporter:
         made = self._trace(in_precision(model, "fp16" if chosen.precision == "fp16" else None).module)
         graph = made.graph
         passes.store_weights_transposed(graph)
-        passes.simplify(graph, group_heads=chosen.attention == "grouped")
+        passes.simplify(graph, rewrites=[attention.share_key_value_heads] if chosen.attention == "grouped" else [])
         if chosen.opset is not None:
             passes.convert_opset(graph, chosen.opset)
         details = _quantize(graph, chosen, own)

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from sglp_deploy.errors import BackendError
-from sglp_exporters.onnx.graph_edit import put_in_place
+from sglp_exporters.onnx.passes import put_in_place
 
 DOMAIN = "com.microsoft"
 _TABLE_BITS = 8
