@@ -31,15 +31,13 @@ from sglp_deploy.models.settings import layer_settings
 from sglp_deploy.models.transformers.adapter import config_facts
 from sglp_deploy.models.transformers.rules import INDEX_LISTS, PREFIX_COUNTS, SUPERSEDED
 from sglp_exporters.onnx.decoder_trace import trace_decoder
+from sglp_exporters.onnx.trace_names import CACHE_PARTS, cache_part, cache_parts, named_shape, size_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CACHE_NAME = re.compile(r"^(?:input|output)\.past_key_values\.layers\.(\d+)\.(keys|values)$")
 # Read only sizes of their input, so they do not make their output depend on its content.
 _SIZE_OPS = {"Shape", "Size"}
-
-BATCH, SEQUENCE, PAST, TOTAL, KEPT = "batch", "sequence", "past_sequence", "total_sequence", "kept_logits"
 
 
 class UncutError(BackendError):
@@ -194,11 +192,7 @@ class LayerTemplate:
                     f"layer {index} of the trace reads {len(hidden_in)} and writes {len(leaving)} hidden states; "
                     "exactly one of each can be repeated; report the model family"
                 )
-            cache = {
-                match.group(2): value
-                for value in outputs
-                if (match := CACHE_NAME.match(value.name or "")) and int(match.group(1)) == index
-            }
+            cache = {part: value for (layer, part), value in cache_parts(outputs).items() if layer == index}
             regions.append(_Region(index, tuple(inside), hidden_in.pop(), leaving.pop(), cache))
         for before, after in pairwise(regions):
             if after.hidden_in is not before.hidden_out:
@@ -220,23 +214,19 @@ class LayerTemplate:
 
     def _share_cache_length(self, graph: ir.Graph) -> None:
         """Read batch and cache length off the first layer's cache, whichever layer's the trace happened to use."""
-        first = {
-            match.group(2): value
-            for value in graph.inputs
-            if (match := CACHE_NAME.match(value.name or "")) and match.group(1) == "0"
-        }
+        caches = cache_parts(graph.inputs)
         for node in graph:
             source = node.inputs[0] if node.op_type == "Shape" else None
-            match = CACHE_NAME.match(source.name or "") if source is not None else None
-            if match is None or source is None or source not in graph.inputs:
+            cached = cache_part(source) if source is not None and source in graph.inputs else None
+            if cached is None:
                 continue
             axes = range(node.attributes.get_int("start", 0), node.attributes.get_int("end", 4))
             if set(axes) <= {0, 2}:  # the sizes all caches share; heads and head size may differ between layers
-                node.replace_input_with(0, first[match.group(2)])
+                node.replace_input_with(0, caches[0, cached[1]])
 
     def _content_dependent(self, graph: ir.Graph, nodes: Iterable[ir.Node]) -> set[ir.Value]:
         """Values that depend on weights or cache content: the residual stream and all inside the layers."""
-        content = {value for value in graph.inputs if CACHE_NAME.match(value.name or "")}
+        content = set(cache_parts(graph.inputs).values())
         content |= {value for name, value in graph.initializers.items() if name in self._parameters}
         for node in nodes:
             if node.op_type not in _SIZE_OPS and any(value in content for value in node.inputs):
@@ -263,9 +253,9 @@ class LayerTemplate:
 
     def _own_resource(self, value: ir.Value, index: int) -> bool:
         name = value.name or ""
-        match = CACHE_NAME.match(name)
-        if match:
-            return int(match.group(1)) == index
+        cached = cache_part(value)
+        if cached is not None:
+            return cached[0] == index
         return value.is_initializer() and name.startswith(f"{self._stack_path}.{index}.")
 
     # ------------------------------------------------------------------------------------------------ assembling
@@ -298,11 +288,11 @@ class _Assembly:
         sizes = size_names(source)
         self._sizes = sizes
         for value in source.inputs:
-            if not CACHE_NAME.match(value.name or ""):
+            if cache_part(value) is None:
                 shared[value] = self._copy(value, value.name)
                 inputs.append(shared[value])
         caches: list[dict[str, ir.Value]] = []
-        template_caches = {value.name: value for value in source.inputs}
+        template_caches = cache_parts(source.inputs)
         kinds = [layer_settings(layer) for layer in stack.layers]
         for index, kind in enumerate(kinds):
             if kind not in template._regions:
@@ -312,14 +302,14 @@ class _Assembly:
                 )
             region = template._regions[kind]
             cache = {}
-            for part, short in (("keys", "key"), ("values", "value")):
-                old = template_caches[f"input.past_key_values.layers.{region.index}.{part}"]
+            for part, short in CACHE_PARTS.items():
+                old = template_caches[region.index, part]
                 cache[part] = self._copy(old, f"past_key_values.{index}.{short}")
                 inputs.append(cache[part])
             caches.append(cache)
         # The prefix reads sizes only, and those off the first layer's cache.
         for part, value in caches[0].items():
-            shared[template_caches[f"input.past_key_values.layers.0.{part}"]] = value
+            shared[template_caches[0, part]] = value
         self._emit(template._prefix, shared, "")
         hidden = shared[template._entry]
         outputs: list[ir.Value] = []
@@ -328,10 +318,10 @@ class _Assembly:
             values = dict(shared)
             values[region.hidden_in] = hidden
             for part, value in caches[index].items():
-                values[template_caches[f"input.past_key_values.layers.{region.index}.{part}"]] = value
+                values[template_caches[region.index, part]] = value
             self._emit(region.nodes, values, f"layers.{index}.", region.index, index)
             hidden = values[region.hidden_out]
-            for part, short in (("keys", "key"), ("values", "value")):
+            for part, short in CACHE_PARTS.items():
                 value = values[region.cache_out[part]]
                 value.name = f"present.{index}.{short}"
                 outputs.append(value)
@@ -404,33 +394,3 @@ class _Assembly:
 
     def _shape(self, shape: ir.Shape | None) -> ir.Shape | None:
         return named_shape(shape, self._sizes)
-
-
-def named_shape(shape: ir.Shape | None, names: Mapping[str, str]) -> ir.Shape | None:
-    """``shape`` with the tracer's symbols replaced by ``names``."""
-
-    def size(dim: ir.SymbolicDim) -> int | str | None:
-        if dim.value is None:
-            return None
-        text = re.sub(r"\bs\d+\b", lambda match: names.get(match.group(0), match.group(0)), str(dim.value))
-        return int(text) if text.isdigit() else text  # the tracer spells some fixed sizes as symbols
-
-    return None if shape is None else ir.Shape([dim if isinstance(dim, int) else size(dim) for dim in shape])
-
-
-def size_names(graph: ir.Graph) -> dict[str, str]:
-    """Readable names for the tracer's symbols, read off the inputs whose layout is known."""
-    layout = {
-        "input_ids": (BATCH, SEQUENCE),
-        "attention_mask": (BATCH, TOTAL),
-        "logits_to_keep": (KEPT,),
-    }
-    names: dict[str, str] = {}
-    for value in graph.inputs:
-        axes: Sequence[str | None] = layout.get(value.name or "", ())
-        if CACHE_NAME.match(value.name or ""):
-            axes = (BATCH, None, PAST, None)
-        for dim, name in zip(value.shape or (), axes, strict=False):
-            if not isinstance(dim, int) and dim.value is not None and name is not None:
-                names.setdefault(str(dim.value), name)
-    return names

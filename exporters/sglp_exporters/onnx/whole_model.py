@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from sglp_exporters.onnx.decoder_trace import trace_decoder
-from sglp_exporters.onnx.layer_template import CACHE_NAME, named_shape, size_names
+from sglp_exporters.onnx.trace_names import CACHE_PARTS, cache_part, named_shape, size_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_PARTS = {"keys": "key", "values": "value"}
 
 
 def trace_whole_decoder(module: PreTrainedModel) -> ir.Model:
@@ -30,9 +28,9 @@ def trace_whole_decoder(module: PreTrainedModel) -> ir.Model:
     sizes = size_names(graph)
     for values, prefix in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
         for value in values:
-            match = CACHE_NAME.match(value.name or "")
-            if match:
-                value.name = f"{prefix}.{match.group(1)}.{_PARTS[match.group(2)]}"
+            cached = cache_part(value)
+            if cached is not None:
+                value.name = f"{prefix}.{cached[0]}.{CACHE_PARTS[cached[1]]}"
             value.shape = named_shape(value.shape, sizes)
     graph.inputs[:] = sorted(graph.inputs, key=lambda value: (value.name or "").startswith("past_key_values."))
     graph.outputs[:] = sorted(graph.outputs, key=lambda value: value.name != "logits")
