@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sglp_deploy.parity.certificate import ParityReport, Thresholds, thresholds_for
+from sglp_deploy.parity.bounds import Thresholds, thresholds_for
+from sglp_deploy.parity.certificate import ParityReport
 from sglp_deploy.parity.decoder import PromptCase, check_parity, prompt_cases
 
 __all__ = ["ParityReport", "PromptCase", "Thresholds", "check_parity", "prompt_cases", "thresholds_for"]

@@ -19,20 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglp_deploy.errors import BackendError, CalibrationError, SGLPError
-from sglp_deploy.parity.certificate import ParityReport, Thresholds, judge_case, limits, thresholds_for
+from sglp_deploy.parity.bounds import Thresholds, limits, thresholds_for
+from sglp_deploy.parity.certificate import ParityReport, judge_case
 
 if TYPE_CHECKING:
     from sglp_deploy.artifact import ExportArtifact
     from sglp_deploy.protocols import GeneratingRunner
-
-__all__ = [
-    "ParityReport",
-    "PromptCase",
-    "Thresholds",
-    "check_parity",
-    "prompt_cases",
-    "thresholds_for",
-]
 
 DECODE_STEPS = 32
 BEYOND_WINDOW = 64  # tokens that the longest prompt has more than a sliding window

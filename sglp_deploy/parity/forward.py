@@ -19,13 +19,8 @@ from torch import nn
 
 from sglp_deploy.errors import BackendError, SGLPError
 from sglp_deploy.models.samples import main_input, sample_inputs
-from sglp_deploy.parity.certificate import (
-    ForwardThresholds,
-    ParityReport,
-    forward_thresholds_for,
-    judge_forward_case,
-    limits,
-)
+from sglp_deploy.parity.bounds import ForwardThresholds, forward_thresholds_for, limits
+from sglp_deploy.parity.certificate import ParityReport, judge_forward_case
 from sglp_deploy.parity.decoder import log_softmax
 
 if TYPE_CHECKING:

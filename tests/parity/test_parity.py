@@ -21,7 +21,8 @@ from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, BackendError, CalibrationError, ConfigError, ParityError
 from sglp_deploy.materialize import materialize
 from sglp_deploy.parity import ParityReport, PromptCase, Thresholds, check_parity, prompt_cases, thresholds_for
-from sglp_deploy.parity.certificate import judge_case, limits
+from sglp_deploy.parity.bounds import limits
+from sglp_deploy.parity.certificate import judge_case
 from sglp_deploy.parity.reference import TorchRunner
 from sglp_exporters.onnx.exporter import OnnxExporter
 

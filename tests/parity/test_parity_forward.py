@@ -17,7 +17,8 @@ from torch import nn
 import zoo
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import BackendError, ConfigError
-from sglp_deploy.parity.certificate import ParityReport, forward_thresholds_for, thresholds_for
+from sglp_deploy.parity.bounds import forward_thresholds_for, thresholds_for
+from sglp_deploy.parity.certificate import ParityReport
 from sglp_deploy.parity.forward import ForwardCase, check_forward_parity, forward_cases
 from sglp_deploy.parity.reference import TorchRunner, main_output
 from sglp_deploy.protocols import Runner

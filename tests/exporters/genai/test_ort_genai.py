@@ -28,7 +28,7 @@ from sglp_deploy.compressor import Compressor
 from sglp_deploy.errors import BackendError, ConfigError, ExportError, StorageError, UnsupportedModelError
 from sglp_deploy.models import LoadedModel, source_of
 from sglp_deploy.parity import check_parity, prompt_cases
-from sglp_deploy.parity.certificate import thresholds_for
+from sglp_deploy.parity.bounds import thresholds_for
 from sglp_deploy.parity.reference import TorchRunner
 from sglp_deploy.plan import PruningPlan
 from sglp_deploy.protocols import Exporter, GeneratingRunner

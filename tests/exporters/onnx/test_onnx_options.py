@@ -28,7 +28,8 @@ from sglp_deploy.errors import BackendError, ConfigError
 from sglp_deploy.materialize import materialize
 from sglp_deploy.models import LoadedModel, load_model, source_of
 from sglp_deploy.parity import check_parity, prompt_cases
-from sglp_deploy.parity.certificate import ParityReport, forward_thresholds_for, thresholds_for
+from sglp_deploy.parity.bounds import forward_thresholds_for, thresholds_for
+from sglp_deploy.parity.certificate import ParityReport
 from sglp_deploy.parity.reference import TorchRunner
 from sglp_deploy.plan import PruningPlan
 from sglp_exporters.onnx import quantize as onnx_quantize
