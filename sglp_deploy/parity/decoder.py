@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sglp_deploy.errors import BackendError, CalibrationError, SGLPError
-from sglp_deploy.parity.bounds import Thresholds, limits, thresholds_for
+from sglp_deploy.errors import BackendError, CalibrationError
+from sglp_deploy.parity import distances
+from sglp_deploy.parity.bounds import Thresholds, thresholds_for
 from sglp_deploy.parity.certificate import ParityReport, judge_case
+from sglp_deploy.parity.certify import certify, run_side
 
 if TYPE_CHECKING:
     from sglp_deploy.artifact import ExportArtifact
@@ -130,31 +132,16 @@ def check_parity(
     bounds = thresholds or thresholds_for(artifact.precision)
     judged = _Side(f"the {artifact.format} artifact", runner)
     judge = _Side(f"the reference ({reference_name})", reference)
-    records: list[dict[str, Any]] = []
-    floor = {"kl_p99": 0.0, "kl_max": 0.0, "max_abs": 0.0}
-    for done, case in enumerate(cases):
-        record, noise = _measure(case, judged, judge, decode_steps, bounds.margin)
-        records.append(record)
-        floor = {name: max(value, noise.get(name, 0.0)) for name, value in floor.items()}
-        if progress is not None:
-            progress(done + 1, len(cases))
-    # Only now: the noise floor is the greatest of all cases, because a short prompt often shows none.
-    in_force = limits(bounds, floor)
-    reasons = []
-    for record in records:
-        faults = judge_case(record, in_force, bounds)
-        record["passed"] = not faults
-        reasons += [f"{record['name']}: {fault}" for fault in faults]
-    return ParityReport(
-        artifact_digest=artifact.digest,
-        format=artifact.format,
-        runner=runner_name or type(runner).__name__,
-        reference=reference_name,
-        precision=artifact.precision,
-        thresholds=asdict(bounds),
-        noise_floor=floor,
-        cases=tuple(records),
-        reasons=tuple(reasons),
+    return certify(
+        artifact,
+        cases,
+        lambda case: _measure(case, judged, judge, decode_steps, bounds.margin),
+        judge_case,
+        bounds,
+        over_noise=("kl_p99", "kl_max", "max_abs"),
+        runner_name=runner_name or type(runner).__name__,
+        reference_name=reference_name,
+        progress=progress,
     )
 
 
@@ -180,15 +167,7 @@ class _Side:
     def _checked(
         self, case: PromptCase, leading: tuple[int, ...], call: Callable[..., Logits], *inputs: Any, **options: Any
     ) -> Logits:
-        try:
-            logits = call(*inputs, **options)
-        except SGLPError:
-            raise
-        except Exception as error:
-            raise BackendError(
-                f"{self.name} failed on {case.name}; {type(error).__name__}: {error}; export the artifact again, and "
-                "report this if it stays"
-            ) from error
+        logits = run_side(self.name, case.name, call, *inputs, **options)
         vocabulary = self.vocabulary or logits.shape[-1]
         if logits.shape != (*leading, vocabulary):
             raise BackendError(
@@ -307,41 +286,29 @@ def _valid(case: PromptCase, length: int) -> NDArray[np.bool_]:
 def _compare(wanted: Logits, got: Logits, case: PromptCase, margin: float) -> tuple[dict[str, Any], dict[str, Any]]:
     """Statistics over all valid positions, and the worst; no statistics when a logit is not finite."""
     where = np.argwhere(_valid(case, wanted.shape[1]))
-    kl, cosine, max_abs, gap = (np.empty(len(where)) for _ in range(4))
+    kl, cosine, max_abs, gaps = (np.empty(len(where)) for _ in range(4))
     agree = np.empty(len(where), dtype=bool)
     for start in range(0, len(where), _POSITIONS_AT_ONCE):
         part = slice(start, start + _POSITIONS_AT_ONCE)
         rows, columns = where[part].T
         x, y = wanted[rows, columns].astype(np.float64), got[rows, columns].astype(np.float64)
-        for name, side in (("reference", x), ("artifact", y)):
-            if not np.isfinite(side).all():
-                bad, token = np.argwhere(~np.isfinite(side))[0]
-                return {}, {**_place(case, where[start + bad]), "token": int(token), "not_finite": name}
-        log_p, log_q = log_softmax(x), log_softmax(y)
-        # Rounding can leave a tiny negative sum; KL is not negative.
-        kl[part] = np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0)
-        norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
-        # Two zero vectors agree; a zero against anything else does not.
-        same = (x == y).all(-1).astype(np.float64)
-        cosine[part] = np.divide((x * y).sum(-1), norms, out=same, where=norms > 0)
-        max_abs[part] = np.abs(x - y).max(-1)
-        top_two = np.partition(x, -2, axis=-1)
-        gap[part] = top_two[:, -1] - top_two[:, -2]
-        agree[part] = x.argmax(-1) == y.argmax(-1)
-    stable = gap > margin
+        fault = distances.first_not_finite(x, y)
+        if fault is not None:
+            side, position, token = fault
+            return {}, {**_place(case, where[start + position]), "token": token, "not_finite": side}
+        kl[part] = distances.kl_divergence(x, y)
+        cosine[part] = distances.cosine(x, y)
+        max_abs[part] = distances.largest_difference(x, y)
+        gaps[part] = distances.margins(x)
+        agree[part] = distances.same_choice(x, y)
     worst = int(max_abs.argmax())
     row, column = where[worst]
     statistics = {
         "max_abs": float(max_abs.max()),
         "max_abs_median": float(np.median(max_abs)),
-        "kl_median": float(np.median(kl)),
-        "kl_p99": float(np.quantile(kl, 0.99)),
-        "kl_max": float(kl.max()),
+        **distances.kl_statistics(kl),
         "cosine_min": float(cosine.min()),
-        "n_stable": int(stable.sum()),
-        "n_unstable": int((~stable).sum()),
-        "top1_stable": float(agree[stable].mean()) if stable.any() else None,
-        "top1_unstable": float(agree[~stable].mean()) if (~stable).any() else None,
+        **distances.choice_statistics(gaps, agree, margin),
     }
     token = int(np.abs(wanted[row, column] - got[row, column]).argmax())
     place = {**_place(case, where[worst]), "token": token}
@@ -354,9 +321,3 @@ def _place(case: PromptCase, where: NDArray[np.int64]) -> dict[str, Any]:
     if column < width:
         return {"row": row, "phase": "prefill", "position": column}
     return {"row": row, "phase": "decode", "position": column - width}
-
-
-def log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Logarithm of the probabilities that logits of shape (..., vocabulary) stand for."""
-    shifted = x - x.max(-1, keepdims=True)
-    return cast("NDArray[np.float64]", shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))

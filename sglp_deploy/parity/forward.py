@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from sglp_deploy.errors import BackendError, SGLPError
+from sglp_deploy.errors import BackendError
 from sglp_deploy.models.samples import main_input, sample_inputs
-from sglp_deploy.parity.bounds import ForwardThresholds, forward_thresholds_for, limits
+from sglp_deploy.parity import distances
+from sglp_deploy.parity.bounds import ForwardThresholds, forward_thresholds_for
 from sglp_deploy.parity.certificate import ParityReport, judge_forward_case
-from sglp_deploy.parity.decoder import log_softmax
+from sglp_deploy.parity.certify import certify, run_side
 
 if TYPE_CHECKING:
     from sglp_deploy.artifact import ExportArtifact
@@ -118,47 +119,38 @@ def check_forward_parity(
             shape.
     """
     bounds = thresholds or forward_thresholds_for(artifact.precision)
-    records: list[dict[str, Any]] = []
-    floor = {"max_relative": 0.0, "kl_p99": 0.0, "kl_max": 0.0}
-    for done, case in enumerate(cases):
-        ((output, wanted),) = _run(f"the reference ({reference_name})", reference, case, case.inputs).items()
+    judged, judge = f"the {artifact.format} artifact", f"the reference ({reference_name})"
+
+    def measure(case: ForwardCase) -> tuple[dict[str, Any], dict[str, Any]]:
+        ((output, wanted),) = run_side(judge, case.name, reference.forward, case.inputs).items()
         # The same rows twice in one batch: another shape for every matrix product, the same mathematics.
         doubled = {name: np.concatenate([value, value]) for name, value in case.inputs.items()}
-        again = _run(f"the reference ({reference_name})", reference, case, doubled)[output][: len(wanted)]
-        got = _of(f"the {artifact.format} artifact", runner, case, output, wanted.shape)
+        again = run_side(judge, case.name, reference.forward, doubled)[output][: len(wanted)]
+        got = _of(judged, runner, case, output, wanted.shape)
         noise, _ = _compare(output, wanted, again, case, bounds.margin)
         statistics, worst = _compare(output, wanted, got, case, bounds.margin)
-        records.append(
-            {
-                "name": case.name,
-                "passed": False,
-                "output": output,
-                "positions": int(_vectors(wanted, case.valid)[0].shape[0]),
-                "statistics": statistics or None,
-                "worst": worst,
-                "last_position_max_abs": None,
-                "greedy": None,
-            }
-        )
-        floor = {name: max(value, noise.get(name) or 0.0) for name, value in floor.items()}
-        if progress is not None:
-            progress(done + 1, len(cases))
-    in_force = limits(bounds, floor)
-    reasons = []
-    for record in records:
-        faults = judge_forward_case(record, in_force, bounds)
-        record["passed"] = not faults
-        reasons += [f"{record['name']}: {fault}" for fault in faults]
-    return ParityReport(
-        artifact_digest=artifact.digest,
-        format=artifact.format,
-        runner=runner_name or type(runner).__name__,
-        reference=reference_name,
-        precision=artifact.precision,
-        thresholds=asdict(bounds),
-        noise_floor=floor,
-        cases=tuple(records),
-        reasons=tuple(reasons),
+        record = {
+            "name": case.name,
+            "passed": False,
+            "output": output,
+            "positions": int(_vectors(wanted, case.valid)[0].shape[0]),
+            "statistics": statistics or None,
+            "worst": worst,
+            "last_position_max_abs": None,
+            "greedy": None,
+        }
+        return record, noise
+
+    return certify(
+        artifact,
+        cases,
+        measure,
+        judge_forward_case,
+        bounds,
+        over_noise=("max_relative", "kl_p99", "kl_max"),
+        runner_name=runner_name or type(runner).__name__,
+        reference_name=reference_name,
+        progress=progress,
     )
 
 
@@ -195,20 +187,8 @@ def most_tokens(module: Any) -> int:
     return int(most) - offset if isinstance(most, int) else sys.maxsize
 
 
-def _run(who: str, runner: Runner, case: ForwardCase, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    try:
-        return runner.forward(inputs)
-    except SGLPError:
-        raise
-    except Exception as error:
-        raise BackendError(
-            f"{who} failed on {case.name}; {type(error).__name__}: {error}; export the artifact again, and report this "
-            "if it stays"
-        ) from error
-
-
 def _of(who: str, runner: Runner, case: ForwardCase, output: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    found = _run(who, runner, case, case.inputs)
+    found = run_side(who, case.name, runner.forward, case.inputs)
     if output not in found:
         raise BackendError(
             f"{who} returned {', '.join(sorted(found)) or 'nothing'} on {case.name}, {output} was expected; it is not "
@@ -239,44 +219,24 @@ def _compare(
     """Statistics over all valid positions, and the worst; no statistics when a value is not finite."""
     x, where = _vectors(wanted, case.valid)
     y, _ = _vectors(got, case.valid)
-    for name, side in (("reference", x), ("artifact", y)):
-        if not np.isfinite(side).all():
-            bad, index = np.argwhere(~np.isfinite(side))[0]
-            return {}, {**_place(where[bad]), "token": int(index), "not_finite": name}
-    difference = np.abs(x - y).max(-1)
+    fault = distances.first_not_finite(x, y)
+    if fault is not None:
+        side, position, index = fault
+        return {}, {**_place(where[position]), "token": index, "not_finite": side}
+    difference = distances.largest_difference(x, y)
     size = float(np.sqrt(np.mean(x**2)))
-    norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
-    # Two zero vectors agree; a zero against anything else does not.
-    cosine = np.divide((x * y).sum(-1), norms, out=(x == y).all(-1).astype(np.float64), where=norms > 0)
     worst = int(difference.argmax())
     statistics: dict[str, Any] = {
         "max_abs": float(difference.max()),
         # All zeros on one side and not on the other is infinitely wrong, which JSON cannot say.
         "max_relative": float(difference.max() / size) if size else float(np.sign(difference.max())),
-        "cosine_min": float(cosine.min()),
+        "cosine_min": float(distances.cosine(x, y).min()),
     }
     if output == "logits" and x.shape[1] > 1:
-        statistics |= _of_logits(x, y, margin)
+        statistics |= distances.kl_statistics(distances.kl_divergence(x, y))
+        statistics |= distances.choice_statistics(distances.margins(x), distances.same_choice(x, y), margin)
     place = {**_place(where[worst]), "token": int(np.abs(x[worst] - y[worst]).argmax())}
     return statistics, {**place, "max_abs": float(difference[worst])}
-
-
-def _of_logits(x: NDArray[np.float64], y: NDArray[np.float64], margin: float) -> dict[str, Any]:
-    log_p, log_q = log_softmax(x), log_softmax(y)
-    # Rounding can leave a tiny negative sum; KL is not negative.
-    kl = np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0)
-    top_two = np.partition(x, -2, axis=-1)
-    stable = top_two[:, -1] - top_two[:, -2] > margin
-    agree = x.argmax(-1) == y.argmax(-1)
-    return {
-        "kl_median": float(np.median(kl)),
-        "kl_p99": float(np.quantile(kl, 0.99)),
-        "kl_max": float(kl.max()),
-        "n_stable": int(stable.sum()),
-        "n_unstable": int((~stable).sum()),
-        "top1_stable": float(agree[stable].mean()) if stable.any() else None,
-        "top1_unstable": float(agree[~stable].mean()) if (~stable).any() else None,
-    }
 
 
 def _place(where: NDArray[np.int64]) -> dict[str, Any]:
