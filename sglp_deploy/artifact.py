@@ -17,6 +17,29 @@ MANIFEST = "manifest.json"
 PLAN_FILE = "sglp_plan.json"
 SCHEMA = "artifact/1"  # history: 1 = first
 
+# Element types: the short form, which a manifest calls a precision, and the name of numpy, torch and tensor specs.
+ELEMENT_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+# What the name of a decoder's cache tensor begins with where it goes in, and where it comes out.
+PAST, PRESENT = "past_key_values.", "present."
+CACHE_PARTS = ("key", "value")
+
+# What a certificate asks an artifact to have room for: a prompt this many tokens longer than its sliding window, and
+# steps through the cache.
+BEYOND_WINDOW = 64
+DECODE_STEPS = 32
+
+
+def cache_name(prefix: str, layer: int, part: str) -> str:
+    """Name of a cache tensor, for example ``past_key_values.3.key``.
+
+    Args:
+        prefix: :data:`PAST` or :data:`PRESENT`.
+        layer: Counted over the layers that keep a cache.
+        part: One of :data:`CACHE_PARTS`.
+    """
+    return f"{prefix}{layer}.{part}"
+
 
 @dataclass(frozen=True)
 class TensorSpec:

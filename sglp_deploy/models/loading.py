@@ -14,6 +14,7 @@ from torch import nn
 
 from sglp_deploy import _io
 from sglp_deploy._names import may_be_hub_id, unknown_name
+from sglp_deploy.artifact import ELEMENT_TYPES
 from sglp_deploy.errors import ConfigError, UnsupportedModelError
 from sglp_deploy.models.base import ModelSource
 from sglp_deploy.models.library import adapter_for, adapter_of_folder
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 # reading all of a 70-billion-parameter model only to name it would take minutes.
 _FINGERPRINT_SAMPLES = 1024
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES: dict[str, torch.dtype] = {short: getattr(torch, name) for short, name in ELEMENT_TYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from sglp_deploy.artifact import BEYOND_WINDOW
 from sglp_deploy.errors import UnsupportedModelError
 from sglp_deploy.models.base import LayerStack
 from sglp_deploy.models.library import layer_stack
@@ -17,7 +18,6 @@ from sglp_deploy.models.quiet import quiet_libraries
 from sglp_deploy.models.samples import attention_window, sample_inputs
 from sglp_deploy.models.settings import check_settings
 
-_PAST_WINDOW = 64
 _LONGEST = 1024  # tokens; a longer window is not gone beyond, but the settings of its layers are compared all the same
 # Rebuilt and original run the same operations on the same numbers; what is left is the order of a few sums.
 _RELATIVE = 1e-4
@@ -116,4 +116,4 @@ def passed_over(stack: LayerStack, keep: Sequence[int]) -> Iterator[None]:
 def _length(config: Any) -> int:
     """Tokens to run: past the longest window there is, as far as that is affordable."""
     positions = cast(int, getattr(config.get_text_config(), "max_position_embeddings", None) or _LONGEST)
-    return min((attention_window(config) or 0) + _PAST_WINDOW, _LONGEST, positions)
+    return min((attention_window(config) or 0) + BEYOND_WINDOW, _LONGEST, positions)

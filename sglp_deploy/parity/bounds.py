@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
+from sglp_deploy.artifact import ELEMENT_TYPES
 from sglp_deploy.errors import ConfigError
 
 # A reference that disagrees with itself this much more than a bound is broken (its cache, for one) and must not talk
 # the bound up until anything passes.
 _MOST_LOOSENING = 100.0
+
+Bounds = TypeVar("Bounds", "Thresholds", "ForwardThresholds")
 
 
 @dataclass(frozen=True)
@@ -87,17 +91,16 @@ def thresholds_for(precision: str) -> Thresholds:
     Raises:
         ConfigError: If no bounds are known for ``precision``.
     """
-    if precision in ("float32", "fp32"):
-        return Thresholds(0.01, 1.0, kl_p99=1e-8, kl_max=1e-7, max_abs=3e-3, noise_factor=10.0, cosine_min=0.99999)
-    if precision in ("float16", "fp16"):
-        return Thresholds(0.1, 0.995, kl_p99=1e-3, kl_max=1e-2, max_abs=0.5, noise_factor=3.0, cosine_min=0.999)
-    if precision == "int8":
-        return Thresholds(0.5, 0.97, kl_p99=0.15, kl_max=1.0, max_abs=15.0, noise_factor=3.0, cosine_min=0.8)
-    if precision == "int4":
-        return Thresholds(0.5, 0.6, kl_p99=3.0, kl_max=5.0, max_abs=25.0, noise_factor=3.0, cosine_min=-1.0)
-    if precision in ("bfloat16", "bf16"):
-        return Thresholds(0.5, 0.995, kl_p99=1e-2, kl_max=1e-1, max_abs=4.0, noise_factor=3.0, cosine_min=0.99)
-    raise _no_bounds(precision, "fp32, fp16, bf16, int8 and int4")
+    return _of(_DECODER, precision)
+
+
+_DECODER = {
+    "fp32": Thresholds(0.01, 1.0, kl_p99=1e-8, kl_max=1e-7, max_abs=3e-3, noise_factor=10.0, cosine_min=0.99999),
+    "fp16": Thresholds(0.1, 0.995, kl_p99=1e-3, kl_max=1e-2, max_abs=0.5, noise_factor=3.0, cosine_min=0.999),
+    "bf16": Thresholds(0.5, 0.995, kl_p99=1e-2, kl_max=1e-1, max_abs=4.0, noise_factor=3.0, cosine_min=0.99),
+    "int8": Thresholds(0.5, 0.97, kl_p99=0.15, kl_max=1.0, max_abs=15.0, noise_factor=3.0, cosine_min=0.8),
+    "int4": Thresholds(0.5, 0.6, kl_p99=3.0, kl_max=5.0, max_abs=25.0, noise_factor=3.0, cosine_min=-1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -150,26 +153,36 @@ def forward_thresholds_for(precision: str) -> ForwardThresholds:
     Raises:
         ConfigError: If no bounds are known for ``precision``.
     """
-    if precision in ("float32", "fp32"):
-        return ForwardThresholds(
-            0.01, 1.0, kl_p99=1e-8, kl_max=1e-7, max_relative=3e-4, noise_factor=10.0, cosine_min=0.99999
-        )
-    if precision in ("float16", "fp16"):
-        return ForwardThresholds(
-            0.1, 0.995, kl_p99=1e-3, kl_max=1e-2, max_relative=0.1, noise_factor=3.0, cosine_min=0.999
-        )
-    if precision in ("bfloat16", "bf16"):
-        return ForwardThresholds(
-            0.5, 0.995, kl_p99=1e-2, kl_max=1e-1, max_relative=0.5, noise_factor=3.0, cosine_min=0.99
-        )
-    raise _no_bounds(precision, "fp32, fp16 and bf16")
+    return _of(_FORWARD, precision)
 
 
-def _no_bounds(precision: str, known: str) -> ConfigError:
-    return ConfigError(
-        f"no bounds are known by which to certify weights of {precision!r}; they are known for {known}; export it in "
-        "one of these, or pass thresholds of your own to check_parity"
-    )
+_FORWARD = {
+    "fp32": ForwardThresholds(
+        0.01, 1.0, kl_p99=1e-8, kl_max=1e-7, max_relative=3e-4, noise_factor=10.0, cosine_min=0.99999
+    ),
+    "fp16": ForwardThresholds(
+        0.1, 0.995, kl_p99=1e-3, kl_max=1e-2, max_relative=0.1, noise_factor=3.0, cosine_min=0.999
+    ),
+    "bf16": ForwardThresholds(
+        0.5, 0.995, kl_p99=1e-2, kl_max=1e-1, max_relative=0.5, noise_factor=3.0, cosine_min=0.99
+    ),
+}
+
+
+def _of(known: Mapping[str, Bounds], precision: str) -> Bounds:
+    """The bounds for ``precision``, which may be torch's name.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    short = {name: short for short, name in ELEMENT_TYPES.items()}.get(precision, precision)
+    if short not in known:
+        *most, last = known
+        raise ConfigError(
+            f"no bounds are known by which to certify weights of {precision!r}; they are known for {', '.join(most)} "
+            f"and {last}; export it in one of these, or pass thresholds of your own to check_parity"
+        )
+    return known[short]
 
 
 def limits(bounds: Thresholds | ForwardThresholds, noise_floor: Mapping[str, float]) -> dict[str, float]:

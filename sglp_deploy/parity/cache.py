@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglp_deploy.artifact import ExportArtifact, TensorSpec
+from sglp_deploy.artifact import CACHE_PARTS, ELEMENT_TYPES, PAST, PRESENT, ExportArtifact, TensorSpec, cache_name
 from sglp_deploy.errors import ArtifactError, BackendError
 from sglp_deploy.models.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_PAST, _PRESENT = "past_key_values", "present"
-_DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -87,12 +84,12 @@ def check_cache_layout(artifact: ExportArtifact, module: PreTrainedModel) -> Non
     # An exporter may cast: the cache has the type of the artifact's weights, which need not be the reference's.  One
     # that only stores weights in fewer bits names the type it computes in.
     computes_in = artifact.details.get("model_precision", artifact.precision)
-    dtype = _DTYPES.get(computes_in, str(module.dtype).removeprefix("torch."))
-    for prefix, specs in ((_PAST, artifact.inputs), (_PRESENT, artifact.outputs)):
-        found = {spec.name: spec for spec in specs if spec.name.startswith(f"{prefix}.")}
+    dtype = ELEMENT_TYPES.get(computes_in, str(module.dtype).removeprefix("torch."))
+    for prefix, specs in ((PAST, artifact.inputs), (PRESENT, artifact.outputs)):
+        found = {spec.name: spec for spec in specs if spec.name.startswith(prefix)}
         for index, size in enumerate(sizes):
-            for part, width in (("key", size.key_size), ("value", size.value_size)):
-                name = f"{prefix}.{index}.{part}"
+            for part, width in zip(CACHE_PARTS, (size.key_size, size.value_size), strict=True):
+                name = cache_name(prefix, index, part)
                 _check_tensor(found.pop(name, None), name, dtype, size.heads, width)
         if found:
             raise ArtifactError(

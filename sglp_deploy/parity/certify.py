@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sglp_deploy.errors import BackendError, SGLPError
-from sglp_deploy.parity.bounds import ForwardThresholds, Thresholds, limits
+from sglp_deploy.parity.bounds import Bounds, limits
 from sglp_deploy.parity.certificate import ParityReport
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 Case = TypeVar("Case")
 Result = TypeVar("Result")
-Bounds = TypeVar("Bounds", Thresholds, ForwardThresholds)
 
 
 def certify(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sglp_deploy.artifact import BEYOND_WINDOW, DECODE_STEPS
 from sglp_deploy.errors import BackendError, CalibrationError
 from sglp_deploy.parity import distances
 from sglp_deploy.parity.bounds import Thresholds, thresholds_for
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from sglp_deploy.artifact import ExportArtifact
     from sglp_deploy.protocols import GeneratingRunner
 
-DECODE_STEPS = 32
-BEYOND_WINDOW = 64  # tokens that the longest prompt has more than a sliding window
 PROMPT_TOKENS = (1, 17, 128)
 BATCH_PROMPT_TOKENS = (9, 17, 40)  # three rows of different length, padded on the left
 
@@ -61,7 +60,7 @@ def prompt_cases(
         tokens: shape (n,); repeated when it is too short.
         window: Sliding-window length of the model; adds a prompt 64 tokens longer, because a wrong local or global
             layer shows only beyond the window.
-        positions: Length of the model's table of positions; prompts leave room in it for :data:`DECODE_STEPS`.
+        positions: Length of the model's table of positions; prompts leave room in it for the steps that follow.
 
     Returns:
         Prompts of 1, 17 and 128 tokens, the one beyond the window if there is one, and a left-padded batch of three.

@@ -17,22 +17,21 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from sglp_deploy.artifact import CACHE_PARTS, ELEMENT_TYPES, PRESENT, cache_name
 from sglp_deploy.errors import BackendError
 from sglp_deploy.protocols import Runner
 
 if TYPE_CHECKING:
     from sglp_deploy.artifact import ExportArtifact
 
-_FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _WHOLE_NUMBERS = ("int8", "uint8", "int4", "uint4")
 # Of the elements.  The embedding may stay wide, and two values of 4 bits may count as one of 8: Gemma-3 270M has 0.23.
 _LEAST_QUANTISED = 0.1
-_TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_TORCH: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ELEMENT_TYPES.values()}
 _MOST_NAMED = 3
 _PROMPT = 6  # within every window, so that a cache that forgets has forgotten nothing
 # Distance of two caches over the size of one: what a runtime's rounding makes of float32 is 1e-5, of float16 1e-2.
 _SAME_CACHE = {"fp32": 1e-3, "fp16": 0.05}
-_PRESENT = "present"
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,10 @@ def stored_type_fault(precision: str, stored: Iterable[StoredTensor]) -> str | N
         amounts[tensor.dtype] = amounts.get(tensor.dtype, 0) + tensor.elements
         if tensor.dtype not in largest or tensor.elements > largest[tensor.dtype].elements:
             largest[tensor.dtype] = tensor
-    floats = {kind: count for kind, count in amounts.items() if kind in _FLOATS.values()}
-    if precision in _FLOATS and floats:
+    floats = {kind: count for kind, count in amounts.items() if kind in ELEMENT_TYPES.values()}
+    if precision in ELEMENT_TYPES and floats:
         most = max(floats, key=lambda kind: floats[kind])
-        if most != _FLOATS[precision]:
+        if most != ELEMENT_TYPES[precision]:
             return (
                 f"wrong dtype: {floats[most] / sum(floats.values()):.0%} of the weights are stored as {most}, "
                 f"{largest[most].name} for one, and the manifest says {precision}"
@@ -140,9 +139,9 @@ def cache_faults(runner: Runner, model: nn.Module, artifact: ExportArtifact) -> 
         model(input_ids=torch.from_numpy(ids).to(device), past_key_values=cache, use_cache=True)
     layers: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     right = {
-        f"{_PRESENT}.{index}.{part}": getattr(layer, f"{part}s").float().cpu().numpy()
+        cache_name(PRESENT, index, part): getattr(layer, f"{part}s").float().cpu().numpy()
         for index, layer in enumerate(layers)
-        for part in ("key", "value")
+        for part in CACHE_PARTS
     }
     return _first_wrong(
         {name: outputs[name] for name in right if name in outputs}, right, _SAME_CACHE[artifact.precision]

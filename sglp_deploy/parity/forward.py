@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from sglp_deploy.artifact import BEYOND_WINDOW
 from sglp_deploy.errors import BackendError
 from sglp_deploy.models.samples import main_input, sample_inputs
 from sglp_deploy.parity import distances
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 # (rows, tokens); none is what was traced with, and 80 goes beyond the 64 tokens some recurrences take at once.
 _TEXT_SIZES = ((1, 7), (3, 17), (2, 80))
-_PAST_WINDOW = 64
 _IMAGE_ROWS = (1, 3)
 _SPEECH_SIZES = ((1, 0.75), (3, 1.0))  # rows, share of the sample's length
 
@@ -66,8 +66,8 @@ def forward_cases(module: nn.Module, *, window: int | None = None) -> tuple[Forw
     if name == "input_ids":
         most = most_tokens(module)
         sizes = [(rows, min(tokens, most)) for rows, tokens in _TEXT_SIZES]
-        if window and window + _PAST_WINDOW <= most:
-            sizes.append((2, window + _PAST_WINDOW))
+        if window and window + BEYOND_WINDOW <= most:
+            sizes.append((2, window + BEYOND_WINDOW))
         return tuple(
             _case(module, f"{rows} of {tokens} tokens", sample_inputs(module, rows=rows, tokens=tokens, seed=number))
             for number, (rows, tokens) in enumerate(dict.fromkeys(sizes), 1)

@@ -14,7 +14,7 @@ from torch import nn
 
 from sglp_deploy import materialize as materializing
 from sglp_deploy import registry
-from sglp_deploy.artifact import PLAN_FILE, ExportArtifact
+from sglp_deploy.artifact import BEYOND_WINDOW, DECODE_STEPS, PAST, PLAN_FILE, ExportArtifact
 from sglp_deploy.errors import ArtifactError, ConfigError, PlanError
 from sglp_deploy.materialize import CompressedModel
 from sglp_deploy.models import layer_stack, precision
@@ -22,7 +22,7 @@ from sglp_deploy.models.proof import passed_over
 from sglp_deploy.models.samples import attention_window, generates, main_input
 from sglp_deploy.parity.cache import check_cache_layout
 from sglp_deploy.parity.certificate import ParityReport
-from sglp_deploy.parity.decoder import BEYOND_WINDOW, DECODE_STEPS, check_parity, prompt_cases
+from sglp_deploy.parity.decoder import check_parity, prompt_cases
 from sglp_deploy.parity.diagnosis import cache_faults, read_stored, stored_type_fault, weight_faults
 from sglp_deploy.parity.forward import check_forward_parity, forward_cases, most_tokens
 from sglp_deploy.parity.reference import TorchRunner
@@ -161,7 +161,7 @@ def _is_forward(artifact: ExportArtifact) -> bool:
     """Whether the artifact is one forward pass without a cache, as its manifest says and its inputs must bear out."""
     if artifact.details.get("interface") != "forward":
         return False
-    cached = [spec.name for spec in artifact.inputs if "past_key_values" in spec.name]
+    cached = [spec.name for spec in artifact.inputs if PAST.removesuffix(".") in spec.name]
     if cached:
         raise ArtifactError(
             f"the manifest in {artifact.path} calls the graph a forward pass and lists the cache input {cached[0]}; "

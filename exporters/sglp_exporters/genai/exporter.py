@@ -24,7 +24,15 @@ from numpy.typing import NDArray
 
 from sglp_deploy import _io
 from sglp_deploy._names import unknown_name
-from sglp_deploy.artifact import PLAN_FILE, ExportArtifact, TensorSpec, producer_versions, write_manifest
+from sglp_deploy.artifact import (
+    PAST,
+    PLAN_FILE,
+    PRESENT,
+    ExportArtifact,
+    TensorSpec,
+    producer_versions,
+    write_manifest,
+)
 from sglp_deploy.errors import BackendError, ConfigError, UnsupportedModelError
 from sglp_deploy.protocols import check_open_options
 from sglp_exporters.runners import stored_weights
@@ -156,7 +164,7 @@ class OrtGenaiRunner:
             )
         self._folder = artifact.path
         self._precision = artifact.precision
-        self._cached = [spec.name for spec in artifact.outputs if spec.name.startswith("present.")]
+        self._cached = [spec.name for spec in artifact.outputs if spec.name.startswith(PRESENT)]
         self._threads = threads
         self._model: onnxruntime_genai.Model | None = None
         self._longest = 0
@@ -365,7 +373,7 @@ def _graph(folder: Path) -> dict[str, Any]:
     inputs = tuple(map(spec, graph.input))
     # The state of convolutions and recurrences has no place in the common interface, so none of it is declared; the
     # runtime keeps it, and parity is judged all the same.
-    common = all(each.name in _PLAIN_INPUTS or each.name.startswith("past_key_values.") for each in inputs)
+    common = all(each.name in _PLAIN_INPUTS or each.name.startswith(PAST) for each in inputs)
     operators: dict[str, int] = {}
     for node in graph.node:
         operators[node.op_type] = operators.get(node.op_type, 0) + 1

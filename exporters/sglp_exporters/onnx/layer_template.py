@@ -24,6 +24,7 @@ import torch
 from onnx_ir import tensor_adapters
 
 from sglp_deploy import _io
+from sglp_deploy.artifact import PAST, PRESENT, cache_name
 from sglp_deploy.errors import BackendError, UnsupportedModelError
 from sglp_deploy.materialize import select_layers
 from sglp_deploy.models import layer_stack, pruned_config
@@ -31,7 +32,7 @@ from sglp_deploy.models.settings import layer_settings
 from sglp_deploy.models.transformers.adapter import config_facts
 from sglp_deploy.models.transformers.rules import INDEX_LISTS, PREFIX_COUNTS, SUPERSEDED
 from sglp_exporters.onnx.decoder_trace import trace_decoder
-from sglp_exporters.onnx.trace_names import CACHE_PARTS, cache_part, cache_parts, named_shape, size_names
+from sglp_exporters.onnx.trace_names import PARTS, cache_part, cache_parts, named_shape, size_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -302,9 +303,9 @@ class _Assembly:
                 )
             region = template._regions[kind]
             cache = {}
-            for part, short in CACHE_PARTS.items():
+            for part, short in PARTS.items():
                 old = template_caches[region.index, part]
-                cache[part] = self._copy(old, f"past_key_values.{index}.{short}")
+                cache[part] = self._copy(old, cache_name(PAST, index, short))
                 inputs.append(cache[part])
             caches.append(cache)
         # The prefix reads sizes only, and those off the first layer's cache.
@@ -321,9 +322,9 @@ class _Assembly:
                 values[template_caches[region.index, part]] = value
             self._emit(region.nodes, values, f"layers.{index}.", region.index, index)
             hidden = values[region.hidden_out]
-            for part, short in CACHE_PARTS.items():
+            for part, short in PARTS.items():
                 value = values[region.cache_out[part]]
-                value.name = f"present.{index}.{short}"
+                value.name = cache_name(PRESENT, index, short)
                 outputs.append(value)
         shared[template._last_hidden] = hidden
         self._emit(template._suffix, shared, "")

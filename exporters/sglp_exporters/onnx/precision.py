@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from sglp_deploy.artifact import ELEMENT_TYPES
 from sglp_deploy.errors import BackendError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def in_precision(model: CompressedModel, precision: str | None) -> CompressedMod
     before = precision_of(model.module)
     if precision is None or precision == before:
         return model
-    dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
+    dtype = getattr(torch, ELEMENT_TYPES[precision])
     module = copy.deepcopy(model.module)
     kept = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype is torch.float16 else set()
     kept |= set(getattr(module, "_keep_in_fp32_modules_strict", None) or ()) if dtype is torch.float16 else set()

@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sglp_deploy.artifact import PAST, PRESENT, ExportArtifact
 from sglp_deploy.errors import BackendError, ConfigError
 from sglp_exporters.onnx.options import BITS
 
 if TYPE_CHECKING:
     import onnxruntime
 
-    from sglp_deploy.artifact import ExportArtifact
 
 MODEL_FILE = "model.onnx"
 OPTIONAL_INPUT = "logits_to_keep"
-_PAST, _PRESENT = "past_key_values.", "present."
 
 
 class _Session:
@@ -179,8 +178,8 @@ class OnnxRuntimeRunner:
         self._session.load()
         self.description = self.description or self._session.description
         self._cache, self._mask = [], None
-        self._cache_outputs = [name for name in self._session.outputs if name.startswith(_PRESENT)]
-        self._cache_inputs = [name.replace(_PRESENT, _PAST) for name in self._cache_outputs]
+        self._cache_outputs = [name for name in self._session.outputs if name.startswith(PRESENT)]
+        self._cache_inputs = [name.replace(PRESENT, PAST) for name in self._cache_outputs]
         return self
 
     def __exit__(

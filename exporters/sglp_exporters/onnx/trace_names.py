@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
+from sglp_deploy.artifact import CACHE_PARTS
+
 _CACHE = re.compile(r"^(?:input|output)\.past_key_values\.layers\.(\d+)\.(keys|values)$")
-# Parts of a cache: the tracer's name, and the one in the graph's own inputs and outputs.
-CACHE_PARTS = {"keys": "key", "values": "value"}
+# Parts of a cache: the tracer's name, and the one in a graph of ours.
+PARTS = {f"{part}s": part for part in CACHE_PARTS}
 
 
 def cache_part(value: ir.Value) -> tuple[int, str] | None:

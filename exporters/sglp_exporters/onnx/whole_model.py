@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from sglp_deploy.artifact import PAST, PRESENT, cache_name
 from sglp_exporters.onnx.decoder_trace import trace_decoder
-from sglp_exporters.onnx.trace_names import CACHE_PARTS, cache_part, named_shape, size_names
+from sglp_exporters.onnx.trace_names import PARTS, cache_part, named_shape, size_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,12 +27,12 @@ def trace_whole_decoder(module: PreTrainedModel) -> ir.Model:
     program = trace_decoder(module)
     graph = program.graph
     sizes = size_names(graph)
-    for values, prefix in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
+    for values, prefix in ((graph.inputs, PAST), (graph.outputs, PRESENT)):
         for value in values:
             cached = cache_part(value)
             if cached is not None:
-                value.name = f"{prefix}.{cached[0]}.{CACHE_PARTS[cached[1]]}"
+                value.name = cache_name(prefix, cached[0], PARTS[cached[1]])
             value.shape = named_shape(value.shape, sizes)
-    graph.inputs[:] = sorted(graph.inputs, key=lambda value: (value.name or "").startswith("past_key_values."))
+    graph.inputs[:] = sorted(graph.inputs, key=lambda value: (value.name or "").startswith(PAST))
     graph.outputs[:] = sorted(graph.outputs, key=lambda value: value.name != "logits")
     return program

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sglp_deploy.artifact import PAST, PRESENT, ExportArtifact
 from sglp_deploy.errors import BackendError, ConfigError
 from sglp_exporters.onnx.runner import OPTIONAL_INPUT
 
 if TYPE_CHECKING:
     import openvino
 
-    from sglp_deploy.artifact import ExportArtifact
 
 MODEL_FILE = "model.xml"
 WEIGHTS_FILE = "model.bin"
-_PAST, _PRESENT = "past_key_values.", "present."
 _LAST = np.array([-1])  # the position whose logits are wanted, counted from the end
 # Lines of OpenVINO's messages that only say where in its source they were raised.
 _PLACES = ("Exception from ", "Check '", "FrontEnd API failed", "Summary:")
@@ -214,7 +213,7 @@ class OpenVinoRunner:
 
     def __init__(self, artifact: ExportArtifact, device: str = "cpu", threads: int | None = None) -> None:
         self._compiled = _Compiled(artifact, device, threads)
-        self._cache_outputs = [name for name in self._compiled.outputs if name.startswith(_PRESENT)]
+        self._cache_outputs = [name for name in self._compiled.outputs if name.startswith(PRESENT)]
         self._requests: list[openvino.InferRequest] = []
         self._cache: dict[str, openvino.Tensor] = {}
         self._mask: NDArray[np.int64] | None = None
@@ -287,14 +286,14 @@ class OpenVinoRunner:
         request = self._requests[0]
         self._compiled.run(request, feed | self._cache)
         self._requests.reverse()
-        self._cache = {name.replace(_PRESENT, _PAST): request.get_tensor(name) for name in self._cache_outputs}
+        self._cache = {name.replace(PRESENT, PAST): request.get_tensor(name) for name in self._cache_outputs}
         logits: NDArray[np.float32] = request.get_tensor("logits").data.astype(np.float32)
         return logits
 
     def _empty_cache(self, batch: int) -> dict[str, NDArray[Any]]:
         empty = {}
         for name, spec in self._compiled.inputs.items():
-            if name.startswith(_PAST):
+            if name.startswith(PAST):
                 _, heads, _, size = spec.shape
                 empty[name] = np.zeros((batch, int(heads), 0, int(size)), dtype=spec.dtype)
         return empty

@@ -425,10 +425,9 @@ def _check_network(trt: Any, network: Any, kit: Mapping[str, Any]) -> None:
 
 
 def _dtype(trt: Any, name: str) -> Any:
-    names = {"float32": "float32", "float16": "float16", "int64": "int64", "int32": "int32", "bool": "bool"}
-    if name not in names:
+    if name not in ("float32", "float16", "int64", "int32", "bool"):
         raise Refused(f"element type {name} of an input is unknown to TensorRT here; use float32, float16 or int64")
-    return getattr(trt, names[name])
+    return getattr(trt, name)
 
 
 def _set_targets(trt: Any, config: Any, targets: Sequence[str], package: str) -> None:

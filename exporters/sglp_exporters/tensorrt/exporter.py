@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from sglp_deploy import _io, registry
 from sglp_deploy._names import unknown_name
-from sglp_deploy.artifact import MANIFEST, ExportArtifact, producer_versions, write_manifest
+from sglp_deploy.artifact import (
+    BEYOND_WINDOW,
+    DECODE_STEPS,
+    MANIFEST,
+    ExportArtifact,
+    producer_versions,
+    write_manifest,
+)
 from sglp_deploy.errors import ArtifactError, BackendError, ConfigError
 from sglp_deploy.protocols import Runner, check_open_options
 from sglp_exporters.onnx.runner import MODEL_FILE
@@ -284,7 +291,6 @@ def _limits(module: nn.Module, chosen: _Options) -> dict[str, int]:
 def _certified_sizes(module: nn.Module) -> tuple[int, int]:
     """Tokens of the longest prompt of a certificate beyond a sliding window, and with its answer; (0, 0) without."""
     from sglp_deploy.models.samples import attention_window, generates
-    from sglp_deploy.parity.decoder import BEYOND_WINDOW, DECODE_STEPS
     from sglp_deploy.parity.verify import LONGEST_WINDOW_CHECKED
 
     window = (attention_window(module.config) or 0) if generates(module) else 0

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglp_deploy import _io
+from sglp_deploy.artifact import PAST, PRESENT, ExportArtifact
 from sglp_deploy.errors import BackendError
 from sglp_exporters.tensorrt.build import KIT_FILE, RTX
 from sglp_exporters.tensorrt.kit import DECODE, FORWARD, PREFILL
@@ -25,9 +26,7 @@ from sglp_exporters.tensorrt.kit import DECODE, FORWARD, PREFILL
 if TYPE_CHECKING:
     import torch
 
-    from sglp_deploy.artifact import ExportArtifact
 
-_PAST, _PRESENT = "past_key_values.", "present."
 _KEPT = "logits_to_keep"
 
 
@@ -42,7 +41,7 @@ def runner_for(
         package: Import name of the TensorRT that built it; no other one loads it.
         device: "cuda" or "cuda:N".
     """
-    if any(spec.name.startswith(_PAST) for spec in artifact.inputs):
+    if any(spec.name.startswith(PAST) for spec in artifact.inputs):
         return TensorRTRunner(artifact, engine, package, device)
     return TensorRTForwardRunner(artifact, engine, package, device)
 
@@ -284,7 +283,7 @@ class TensorRTRunner:
     def __init__(self, artifact: ExportArtifact, engine: Path, package: str, device: str) -> None:
         self._engine = _Engine(artifact, engine, package, device)
         self._inputs = {spec.name: spec for spec in artifact.inputs}
-        self._cached = [name for name in self._inputs if name.startswith(_PAST)]
+        self._cached = [name for name in self._inputs if name.startswith(PAST)]
         kit = _io.read_json(artifact.path / KIT_FILE, "tensorrt-kit")
         decode = next(profile["shapes"] for profile in kit["profiles"] if profile["name"] == DECODE)
         self._max_total = int(decode[self._cached[0]]["max"][2]) + 1
@@ -364,7 +363,7 @@ class TensorRTRunner:
         values = {"input_ids": ids, "attention_mask": self._mask, "position_ids": positions, _KEPT: kept}
         feed = {name: self._engine.tensor(name, value) for name, value in values.items() if name in self._inputs}
         cache = {name: (self._read[name], self._cache_shape(name, len(ids), past)) for name in self._cached}
-        buffers = {name.replace(_PAST, _PRESENT): self._write[name] for name in self._cached}
+        buffers = {name.replace(PAST, PRESENT): self._write[name] for name in self._cached}
         outputs = self._engine.run(profile, feed, cache, buffers)
         self._read, self._write = self._write, self._read
         logits: NDArray[np.float32] = self._engine.array(outputs["logits"]).astype(np.float32, copy=False)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglp_deploy import _io
-from sglp_deploy.artifact import ExportArtifact
+from sglp_deploy.artifact import ELEMENT_TYPES, ExportArtifact
 from sglp_deploy.errors import MissingDependencyError, UnsupportedModelError
 from sglp_deploy.isolation import environments
 from sglp_deploy.isolation.workers import Worker
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 LAUNCH_FILE = "vllm_serve.json"
 _WORKER = Path(__file__).with_name("worker.py")
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _START_TIMEOUT_S = 900.0
 # Room for the longest parity prompt and its decode steps; a longer window asks for more.
 _TOKENS = 512
@@ -68,7 +67,7 @@ class VllmExporter:
                 f"{type(model.module).__name__} is no decoder language model; vLLM would serve it in other ways that "
                 "are not verified here; export it to onnx or torch"
             )
-        arguments = ["serve", ".", "--dtype", _DTYPES.get(precision(model.module), "auto")]
+        arguments = ["serve", ".", "--dtype", ELEMENT_TYPES.get(precision(model.module), "auto")]
         parallel = tensor_parallel(getattr(model.module, "config", None))
         launch = {"schema": "vllm-serve/1", "arguments": arguments, "tensor_parallel": parallel}
         details = {
