@@ -128,11 +128,8 @@ def _source(name: str, missing: list[str]) -> str:
 
 
 def _version(package: str) -> str:
-    if package in ("sglp_exporters", "sglp_deploy"):
-        from sglp_deploy import __version__
-
-        return __version__
-    distributions = metadata.packages_distributions().get(package, [package])
+    ours = package in ("sglp_exporters", "sglp_deploy")
+    distributions = ["sglp-deploy"] if ours else metadata.packages_distributions().get(package, [package])
     try:
         return metadata.version(distributions[0])
     except metadata.PackageNotFoundError:

@@ -124,6 +124,23 @@ def test_the_list_holds_every_plugin_and_no_broken_one_breaks_it() -> None:
     assert lines["good"].version == "unknown"
 
 
+def test_ours_have_the_version_of_the_installed_distribution_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"sglp-deploy": "7.8.9"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    def shown() -> set[str]:
+        return {line.version for line in registry.plugins() if line.name in BUILTIN}
+
+    monkeypatch.setattr(registry.metadata, "version", version)
+    assert shown() == {"7.8.9"}
+    installed.clear()
+    assert shown() == {"unknown"}
+
+
 @pytest.mark.usefixtures("theirs")
 def test_an_output_folder_is_not_taken_for_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "surely_not_installed").mkdir()
