@@ -129,6 +129,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tests/test_structure.py
 
 check: lint $(VISION)/.installed
 	$(BIN)/python -m pytest --cov --cov-report= --cov-fail-under=0

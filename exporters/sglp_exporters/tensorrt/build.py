@@ -5,6 +5,8 @@ here but the standard library and TensorRT itself.  The exporter runs the same f
 that crashes, or that keeps gigabytes, does so in a process that ends.
 
     python build.py [--target sm_86,sm_89] [--out DIR] [--timing-cache FILE]
+
+Length: 521 lines; it is carried as one file, so it cannot be cut.
 """
 
 from __future__ import annotations
