@@ -79,7 +79,8 @@ class Worker:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     pass_fds=(write,),
-                    env={**base, LOOP_VARIABLE: str(_LOOP_FOLDER), **self._environment},
+                    # Safe path: the modules beside a worker's script are ours, and their names would shadow others.
+                    env={**base, "PYTHONSAFEPATH": "1", LOOP_VARIABLE: str(_LOOP_FOLDER), **self._environment},
                     start_new_session=True,
                 )
         except OSError as error:

@@ -44,6 +44,9 @@ def escape():
 def seen():
     return {"torch": "torch" in sys.modules, "path": os.environ.get("PYTHONPATH"), "extra": os.environ.get("EXTRA")}
 
+def imported(name):
+    return {"file": __import__(name).__file__}
+
 serve(globals() | {"pid": lambda: {"pid": os.getpid()}})
 """
 
@@ -73,6 +76,13 @@ def test_a_worker_inherits_none_of_our_packages(script: Path, monkeypatch: pytes
     monkeypatch.setenv("PYTHONPATH", "/ours")
     with _worker(script) as worker:
         assert worker.ask("seen") == {"torch": False, "path": None, "extra": "1"}
+
+
+def test_what_lies_beside_a_worker_s_script_shadows_no_module(script: Path) -> None:
+    script.with_name("colorsys.py").write_text("raise ImportError('this is not the standard library')\n")
+    with _worker(script) as worker:
+        assert Path(worker.ask("imported", name="colorsys")["file"]).parent != script.parent
+        assert Path(worker.ask("imported", name="worker_loop")["file"]).parent.name == "worker_side"
 
 
 def test_an_exception_comes_back_in_words_and_the_worker_goes_on(script: Path) -> None:
