@@ -2,7 +2,8 @@
 
 A build kit carries this file as ``build.py`` to the machine that has the target device, so nothing may be imported
 here but the standard library and TensorRT itself.  The exporter runs the same file as a program of its own: a builder
-that crashes, or that keeps gigabytes, does so in a process that ends.
+that crashes, or that keeps gigabytes, does so in a process that ends.  It has more than 400 lines for that reason: what
+is one file to carry cannot be two modules.
 
     python build.py [--target sm_86,sm_89] [--out DIR] [--timing-cache FILE]
 

@@ -33,7 +33,9 @@ from sglp_deploy.parity.reference import TorchRunner
 from sglp_deploy.plan import PruningPlan
 from sglp_deploy.protocols import Exporter, GeneratingRunner
 from sglp_exporters.genai import exporter as ort_genai
-from sglp_exporters.genai.exporter import OrtGenaiExporter, OrtGenaiRunner
+from sglp_exporters.genai import runner as genai_runner
+from sglp_exporters.genai.exporter import OrtGenaiExporter
+from sglp_exporters.genai.runner import OrtGenaiRunner
 
 pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai (pip install 'sglp-deploy[genai]')")
 
@@ -207,7 +209,7 @@ def test_padding_is_left_out_and_its_logits_are_zero(made: Made, runner: OrtGena
 def test_a_sequence_that_outgrows_its_cache_goes_on(
     made: Made, runner: OrtGenaiRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ort_genai, "_ROOM", 3)
+    monkeypatch.setattr(genai_runner, "_ROOM", 3)
     ids = np.random.default_rng(0).integers(0, 256, (1, 20))
     with torch.no_grad():
         wanted = made.pruned(torch.as_tensor(ids)).logits.numpy()

@@ -13,8 +13,9 @@ import pytest
 import sglp_exporters
 from exports import compressed
 from sglp_deploy.isolation import environments, workers
-from sglp_exporters.vllm import exporter as vllm
-from sglp_exporters.vllm.exporter import VllmExporter, VllmRunner
+from sglp_exporters.vllm import runner as vllm_runner
+from sglp_exporters.vllm.exporter import VllmExporter
+from sglp_exporters.vllm.runner import VllmRunner
 
 WORKER = Path(sglp_exporters.__file__).parent / "vllm" / "worker.py"
 SETTINGS = (
@@ -90,7 +91,7 @@ def test_the_device_that_was_asked_for_is_the_only_one_vllm_sees(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert vllm._device_environment(device) == wanted
+    assert vllm_runner._device_environment(device) == wanted
 
 
 def test_its_runner_takes_the_device_along_and_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from sglp_deploy.artifact import MANIFEST, ExportArtifact
 from sglp_deploy.errors import BackendError
 from sglp_deploy.isolation import environments
 from sglp_deploy.models import LoadedModel
-from sglp_exporters.vllm.exporter import VllmExporter, VllmRunner
+from sglp_exporters.vllm.exporter import VllmExporter
+from sglp_exporters.vllm.runner import VllmRunner
 
 PYTHON = os.environ.get("SGLP_VLLM_PYTHON", "")
 
