@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -17,7 +17,6 @@ from typing import Any
 from sglp_deploy import _io
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, ConfigError
-from sglp_deploy.plan import PruningPlan
 
 RUN_FILE = "run.json"
 SCHEMA = "run/1"  # history: 1 = first
@@ -94,14 +93,6 @@ def output_digest(path: Path) -> str:
         OSError: If the file is missing.
     """
     return ExportArtifact.load(path).digest if path.is_dir() else _io.sha256_file(path)
-
-
-def product_digest(root: Path, outputs: Mapping[str, str]) -> str:
-    """What later stages depend on; a plan counts by its decision, because its file also holds wall times."""
-    facts = dict(outputs)
-    if "plan.json" in facts:
-        facts["plan.json"] = PruningPlan.load(root / "plan.json").digest()
-    return _io.sha256_json(facts)
 
 
 def model_digest(model: str) -> str:

@@ -1,8 +1,4 @@
-"""The whole line into one folder, resumable: a finished stage whose inputs are unchanged is not run again.
-
-A stage's key is the digest of everything that decides its result: the settings it reads, what the stages before it
-produced, and the versions of the packages that compute it.  Its outputs are checked too, so a file that was damaged or
-deleted makes its stage run again; the stages after it follow only if it then comes out different.
+"""The whole line into one folder, resumable: the stages, and what decides each (:mod:`sglp_deploy.cli.engine`).
 
 Nothing here imports torch before a stage needs it: a run that has nothing to do should cost nothing.
 """
@@ -11,9 +7,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +23,14 @@ from sglp_deploy import __version__, _io, registry
 from sglp_deploy.artifact import ExportArtifact, producer_versions
 from sglp_deploy.cli import ledger, session
 from sglp_deploy.cli.config import Export, RunConfig
-from sglp_deploy.cli.console import Console, table
+from sglp_deploy.cli.console import Console
+from sglp_deploy.cli.engine import Engine
+from sglp_deploy.cli.outcome import DECODE, PREFILL, Outcome, outcome_of
 from sglp_deploy.errors import (
     ArtifactError,
     ConfigError,
     ExportError,
     MissingDependencyError,
-    SGLPError,
     UnsupportedModelError,
 )
 from sglp_deploy.isolation import environments
@@ -46,7 +41,6 @@ from sglp_deploy.planners.registry import PLANNER_GROUP
 if TYPE_CHECKING:
     from sglp_deploy.compressor import Compressor
 
-EXIT_FAILED, EXIT_PARITY = 1, 3
 # What one format may fail by without stopping the others; a full disk or a wrong plan concerns all of them.
 _FAILS_ALONE = (ExportError, UnsupportedModelError, ArtifactError, ConfigError)
 
@@ -58,7 +52,6 @@ _VERSIONED = (
     "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino",
     "onnxruntime-genai", "tensorrt", "tensorrt-rtx", "numpy",
 )  # fmt: skip
-_PREFILL, _DECODE = "prefill_latency_s", "decode_latency_s_per_token"
 
 # What each kind of stage reads of the configuration, beside the model itself.
 _WEIGHTS = ("dtype", "device")
@@ -69,15 +62,6 @@ _PLAN = (
 )  # fmt: skip
 _VERIFY = (*_WEIGHTS, "threads", "text")
 _QUALITY = (*_WEIGHTS, "threads", "text", "evaluation_tokens", "evaluation_chunk", "seed")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    text: str
-    value: dict[str, Any]
-    exit_code: int
 
 
 class Pipeline:
@@ -97,14 +81,21 @@ class Pipeline:
         self._command = command
         self._root = Path(config.output)
         self._compressor: Compressor | None = None
-        self._stages: dict[str, ledger.Stage] = {}
-        self._order: list[str] = []
         self._plan: PruningPlan | None = None
         self._formats_checked = False
         self._failures: dict[str, str] = {}
         self._versions = producer_versions(*_VERSIONED) | {"sglp-deploy": __version__}
         self._environment = collect_environment(device=config.device, threads=config.threads)
         self._created = datetime.now(UTC).isoformat(timespec="seconds")
+        self._engine = Engine(
+            self._root,
+            versions=self._versions,
+            describe=self._facts,
+            prepare=self._check_formats,
+            note=console.note,
+            # A plan counts by its decision, because its file also holds wall times.
+            counted_as={"plan.json": lambda file: PruningPlan.load(file).digest()},
+        )
 
     def run(self) -> Outcome:
         """Run what needs running, in order.
@@ -114,26 +105,27 @@ class Pipeline:
         """
         if not (self._root / ledger.RUN_FILE).is_file():
             self._check_formats()  # a name nobody knows is refused before a folder is made
-        with ledger.run_folder(self._root):
-            self._stages = ledger.read_stages(self._root)
+        with self._engine.opened():
             model = ledger.model_digest(self._config.model)
             settings = self._settings(_PLAN) | {"planner": ledger.provider(PLANNER_GROUP, self._config.method)}
-            planned = self._stage("plan", settings, [model], ["plan.json"], self._make_plan)
+            planned = self._engine.stage("plan", settings, [model], ["plan.json"], self._make_plan)
             plan = self._plan = PruningPlan.load(self._root / "plan.json")
             made = self._make_artifacts(plan, planned, model)
             verified = self._verify_artifacts(made, model)
             settings = self._settings(_QUALITY)
-            judged = self._stage("quality", settings, [planned, model], ["quality.json"], lambda: self._judge(plan))
+            judged = self._engine.stage(
+                "quality", settings, [planned, model], ["quality.json"], lambda: self._judge(plan)
+            )
             self._release_model()
             measured = self._bench_stage(plan, made)
-            for stranger in ledger.remove_strangers(self._root, self._outputs()):
+            for stranger in ledger.remove_strangers(self._root, self._engine.outputs()):
                 self._console.note(f"removed {stranger}: an earlier run made it, this one does not")
-            self._stages = {name: stage for name, stage in self._stages.items() if name in (*self._order, "report")}
+            self._engine.forget_others("report")
             upstream = [planned, judged, measured, *made.values(), *verified]
             outputs = ["report/report.json", "report/report.html"]
-            self._stage("report", {"layout": 1}, upstream, outputs, self._write_report)
-            self._save_state()
-            return self._outcome(plan)
+            self._engine.stage("report", {"layout": 1}, upstream, outputs, self._write_report)
+            self._engine.save()
+            return outcome_of(self._root, plan, self._failures)
 
     # ------------------------------------------------------------------------------------------------ stages
 
@@ -178,7 +170,7 @@ class Pipeline:
             kept = plan or compressor.keep_all()
             compressor.export(kept, export.format, self._root / output, **export.options)
 
-        return self._stage(stage, settings, upstream, [output], write)
+        return self._engine.stage(stage, settings, upstream, [output], write)
 
     def _verify_artifacts(self, made: Mapping[str, str], model: str) -> list[str]:
         products = []
@@ -196,7 +188,7 @@ class Pipeline:
             settings = self._settings(_VERIFY) | self._environment_of(name.removesuffix("-baseline"))
             stage = f"parity {name}"
             try:
-                products.append(self._stage(stage, settings, [product, model], [f"parity/{name}.json"], verify))
+                products.append(self._engine.stage(stage, settings, [product, model], [f"parity/{name}.json"], verify))
             except _FAILS_ALONE as error:
                 self._failed(stage, error)
         return products
@@ -239,7 +231,9 @@ class Pipeline:
             "runtimes": {name: self._environment_of(name) for name in measured},
             "environment": {key: self._environment.get(key) for key in COMPARABLE_KEYS},
         }
-        return self._stage("bench", settings, list(arms.values()), outputs, lambda: self._bench(plan, measured, arms))
+        return self._engine.stage(
+            "bench", settings, list(arms.values()), outputs, lambda: self._bench(plan, measured, arms)
+        )
 
     def _bench(self, plan: PruningPlan, measured: Sequence[str], arms: Mapping[str, str]) -> None:
         def progress(done: int, total: int, text: str) -> None:
@@ -278,43 +272,6 @@ class Pipeline:
     def _write_report(self) -> None:
         RunReport.from_run_folder(self._root).save(self._root / "report")
 
-    # ------------------------------------------------------------------------------------------------ machinery
-
-    def _stage(
-        self,
-        name: str,
-        settings: Mapping[str, Any],
-        upstream: Sequence[str],
-        outputs: Sequence[str],
-        work: Callable[[], None],
-    ) -> str:
-        """Run ``work`` unless it was done with the same inputs and its outputs are intact; returns its product."""
-        key = _io.sha256_json([name, dict(settings), list(upstream), self._versions])
-        self._order.append(name)
-        before = self._stages.get(name)
-        if before is not None and before.key == key and before.state == "done" and before.intact(self._root, outputs):
-            before.note = "kept"
-            self._console.note(f"{name}: kept, its inputs have not changed")
-            return before.product
-        self._check_formats()
-        self._console.note(f"{name} ...")
-        started = time.perf_counter()
-        self._stages[name] = ledger.Stage(key, "running")
-        self._save_state()
-        try:
-            work()
-        except SGLPError as error:
-            self._stages[name] = ledger.Stage(key, "failed", time.perf_counter() - started, note=str(error))
-            self._save_state()
-            raise
-        elapsed = time.perf_counter() - started
-        digests = {output: ledger.output_digest(self._root / output) for output in outputs}
-        product = ledger.product_digest(self._root, digests)
-        self._stages[name] = ledger.Stage(key, "done", elapsed, digests, product)
-        self._save_state()
-        self._console.note(f"{name}: done in {elapsed:.1f} s")
-        return product
-
     def _check_formats(self) -> None:
         """Refuse a format nobody knows, and a run none of whose formats can be written, before any work.
 
@@ -333,32 +290,21 @@ class Pipeline:
             raise missing[0]
         self._formats_checked = True
 
-    def _save_state(self) -> None:
+    def _facts(self) -> dict[str, Any]:
+        """What ``run.json`` says of the run as a whole."""
         # Path.stem would cut "Qwen2.5-0.5B" at its first dot from the right.
         title = Path(self._config.model).name.removesuffix(".gguf") or self._config.model
         if self._plan is not None:
             title = f"{title}: {self._plan.n_layers} to {len(self._plan.keep)} layers"
-        # Stages that this run has not come to yet stay, or a run interrupted here would forget them.
-        later = [name for name in self._stages if name not in self._order]
-        _io.write_json(
-            self._root / ledger.RUN_FILE,
-            {
-                "schema": ledger.SCHEMA,
-                "title": title,
-                "created": self._created,
-                "command": self._command,
-                "seed": self._config.seed,
-                "versions": self._versions,
-                "machine": self._environment,
-                "checkpoint": _parameter_counts(self._plan) if self._plan else None,
-                "stages": {
-                    name: self._stages[name].to_json() for name in [*self._order, *later] if name in self._stages
-                },
-            },
-        )
-
-    def _outputs(self) -> list[str]:
-        return [output for name in self._order if name in self._stages for output in self._stages[name].outputs]
+        return {
+            "title": title,
+            "created": self._created,
+            "command": self._command,
+            "seed": self._config.seed,
+            "versions": self._versions,
+            "machine": self._environment,
+            "checkpoint": _parameter_counts(self._plan) if self._plan else None,
+        }
 
     def _settings(self, names: Sequence[str]) -> dict[str, Any]:
         settings = {name: getattr(self._config, name) for name in names}
@@ -401,64 +347,10 @@ class Pipeline:
 
     def _certified(self, name: str) -> bool:
         """Whether this run has judged that artifact, well or badly; not so when a stage of it failed."""
-        stage = self._stages.get(f"parity {name}")
-        return stage is not None and stage.state == "done"
+        return self._engine.done(f"parity {name}")
 
     def _parity(self, name: str) -> ParityReport:
         return ParityReport.load(self._root / "parity" / f"{name}.json")
-
-    def _outcome(self, plan: PruningPlan) -> Outcome:
-        rows: list[tuple[str, str]] = [("layers", f"{plan.n_layers} -> {len(plan.keep)}")]
-        exit_code = 0
-        for file in sorted((self._root / "parity").glob("*.json")):
-            report = ParityReport.load(file)
-            rows.append((f"parity {file.stem}", _verdict(report)))
-            exit_code = exit_code if report.passed else EXIT_PARITY
-        for file in sorted((self._root / "bench").glob("*/comparison.json")):
-            comparison = Comparison.load(file)
-            for metric, label in ((_PREFILL, "prefill"), (_DECODE, "decode")):
-                rows.append((f"{file.parent.name} {label}", _speed(comparison, metric)))
-        quality = _io.read_json(self._root / "quality.json", "quality")
-        for what, why in self._failures.items():
-            rows.append((what, f"FAILED: {why}"))
-            exit_code = exit_code or EXIT_FAILED
-        rows.append(("perplexity", f"{quality['dense']['perplexity']:.2f} -> {quality['pruned']['perplexity']:.2f}"))
-        page = self._root / "report" / "report.html"
-        rows.append(("checkpoint", str(self._root / "checkpoint")))
-        rows.append(("report", str(page)))
-        value = {
-            "schema": "outcome/1",
-            "exit_code": exit_code,
-            "report": str(page),
-            "rows": dict(rows),
-            "failures": dict(self._failures),
-        }
-        return Outcome(table(rows), value, exit_code)
-
-
-def _verdict(report: ParityReport) -> str:
-    known = [case["statistics"] for case in report.cases]
-    # A case without statistics met a NaN or an infinity.
-    if not known or not all(known):
-        worst = "not finite"
-    elif all("kl_p99" in found for found in known):
-        worst = f"KL p99 {max(found['kl_p99'] for found in known):.1e} nats"
-    else:  # no logits: hidden states are compared by their size
-        worst = f"largest difference {max(found['max_abs'] for found in known):.1e}"
-    return f"{'passed' if report.passed else 'FAILED'}, {worst}"
-
-
-def _speed(comparison: Comparison, metric: str) -> str:
-    found = comparison.metrics[metric]
-    text = f"{found.ratio:.3f}x"
-    if found.interval:
-        text += f" ({found.interval[0]:.3f} - {found.interval[1]:.3f})"
-    text += f", {found.verdict}"
-    if found.fraction_of_ceiling and found.ceiling:
-        text += f", {found.fraction_of_ceiling:.0%} of the ceiling {found.ceiling:.3f}x"
-    if found.control and found.control.interval:
-        text += f"; A/A {found.control.interval[0]:.3f} - {found.control.interval[1]:.3f}"
-    return text
 
 
 def _ceilings(plan: PruningPlan, batch_size: int) -> dict[str, float]:
@@ -466,9 +358,9 @@ def _ceilings(plan: PruningPlan, batch_size: int) -> dict[str, float]:
     head = plan.model.get("head_parameters")
     if not layers or head is None or not plan.drop:
         return {}
-    ceilings = {_PREFILL: prefill_ceiling(layers, plan.drop)}
+    ceilings = {PREFILL: prefill_ceiling(layers, plan.drop)}
     if batch_size == 1:  # a larger batch is bound by arithmetic and not by reading weights
-        ceilings[_DECODE] = decode_ceiling(layers, plan.drop, head)
+        ceilings[DECODE] = decode_ceiling(layers, plan.drop, head)
     return ceilings
 
 

@@ -1,0 +1,134 @@
+"""What makes a run resumable: a stage with a key, outputs and a product, kept while both hold; no stage by name.
+
+A stage's key is the digest of everything that decides its result: the settings it reads, what the stages before it
+produced, and the versions of the packages that compute it.  Its outputs are checked too, so a file that was damaged or
+deleted makes its stage run again; the stages after it follow only if it then comes out different.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sglp_deploy import _io
+from sglp_deploy.cli import ledger
+from sglp_deploy.errors import SGLPError
+
+
+@dataclass
+class Engine:
+    """The stages of one run in one folder.
+
+    Attributes:
+        root: The run folder.
+        versions: Of the packages that every stage's result depends on.
+        describe: What ``run.json`` says beside the stages, asked each time it is written.
+        prepare: Called before a stage that has to run; cheap when called again.
+        note: Says one line to the user.
+        counted_as: Outputs that count by something else than their bytes, with the function that gives it.
+        stages: By name; those of the earlier run until this run has come to them.
+        order: Names of the stages this run has come to.
+    """
+
+    root: Path
+    versions: Mapping[str, str]
+    describe: Callable[[], Mapping[str, Any]]
+    prepare: Callable[[], None]
+    note: Callable[[str], None]
+    counted_as: Mapping[str, Callable[[Path], str]] = field(default_factory=dict)
+    stages: dict[str, ledger.Stage] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold the folder as the only run in it, with the stages of the run before.
+
+        Raises:
+            ConfigError: If it is a file, holds somebody's files, or another run holds it.
+            StorageError: If it cannot be written.
+        """
+        with ledger.run_folder(self.root):
+            self.stages = ledger.read_stages(self.root)
+            yield
+
+    def stage(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        upstream: Sequence[str],
+        outputs: Sequence[str],
+        work: Callable[[], None],
+    ) -> str:
+        """Run ``work`` unless it was done with the same inputs and its outputs are intact.
+
+        Args:
+            name: Of the stage, and its entry in ``run.json``.
+            settings: What it reads, as JSON.
+            upstream: Products of the stages it depends on.
+            outputs: What it writes, by path in the run folder.
+            work: Writes them.
+
+        Returns:
+            The product: equal for equal results.
+
+        Raises:
+            SGLPError: What ``work`` raises; the stage then has failed, and ``run.json`` says why.
+        """
+        key = _io.sha256_json([name, dict(settings), list(upstream), dict(self.versions)])
+        self.order.append(name)
+        before = self.stages.get(name)
+        if before is not None and before.key == key and before.state == "done" and before.intact(self.root, outputs):
+            before.note = "kept"
+            self.note(f"{name}: kept, its inputs have not changed")
+            return before.product
+        self.prepare()
+        self.note(f"{name} ...")
+        started = time.perf_counter()
+        self.stages[name] = ledger.Stage(key, "running")
+        self.save()
+        try:
+            work()
+        except SGLPError as error:
+            self.stages[name] = ledger.Stage(key, "failed", time.perf_counter() - started, note=str(error))
+            self.save()
+            raise
+        elapsed = time.perf_counter() - started
+        digests = {output: ledger.output_digest(self.root / output) for output in outputs}
+        product = self._product(digests)
+        self.stages[name] = ledger.Stage(key, "done", elapsed, digests, product)
+        self.save()
+        self.note(f"{name}: done in {elapsed:.1f} s")
+        return product
+
+    def done(self, name: str) -> bool:
+        """Whether that stage has come to its end, in this run or the one before."""
+        stage = self.stages.get(name)
+        return stage is not None and stage.state == "done"
+
+    def outputs(self) -> list[str]:
+        """What the stages that this run has come to have written, by path in the run folder."""
+        return [output for name in self.order if name in self.stages for output in self.stages[name].outputs]
+
+    def forget_others(self, *later: str) -> None:
+        """Drop the stages of earlier runs that this one has not come to, except those that come ``later``."""
+        self.stages = {name: stage for name, stage in self.stages.items() if name in (*self.order, *later)}
+
+    def save(self) -> None:
+        """Write ``run.json``."""
+        # Stages that this run has not come to yet stay, or a run interrupted here would forget them.
+        later = [name for name in self.stages if name not in self.order]
+        names: Iterable[str] = (name for name in [*self.order, *later] if name in self.stages)
+        stages = {name: self.stages[name].to_json() for name in names}
+        _io.write_json(self.root / ledger.RUN_FILE, {"schema": ledger.SCHEMA, **self.describe(), "stages": stages})
+
+    def _product(self, digests: Mapping[str, str]) -> str:
+        """What later stages depend on."""
+        facts = dict(digests)
+        for output, count in self.counted_as.items():
+            if output in facts:
+                facts[output] = count(self.root / output)
+        return _io.sha256_json(facts)
