@@ -6,7 +6,9 @@ that a plugin silently inherits.  Changing a signature in this file breaks every
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from sglp_deploy import _io
 from sglp_deploy._names import unknown_name
 from sglp_deploy.errors import ConfigError
 
@@ -86,6 +89,66 @@ class GeneratingRunner(Runner, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class EnvironmentSpec:
+    """What goes into one environment.
+
+    Attributes:
+        name: What users call it.
+        why: Why it cannot share ours, for ``env list``.
+        install: Steps of ``pip install`` arguments, in order.
+        remove: Packages taken out again afterwards: dependencies that break the others.
+        probe: Python statement that must succeed in it; run after creation and for an interpreter a user names.
+        size: Rough size on disk, for people.
+        stub_metadata: Distributions whose metadata is written by hand, name to version: a rebuild under another name
+            is not found by tools that look up the original one.
+    """
+
+    name: str
+    why: str
+    install: tuple[tuple[str, ...], ...]
+    probe: str
+    size: str
+    remove: tuple[str, ...] = ()
+    stub_metadata: Mapping[str, str] | None = None
+
+    def fingerprint(self) -> str:
+        """Digest of everything that decides the content: the lists, the Python version and the platform."""
+        return _io.sha256_json(
+            {
+                "install": [list(step) for step in self.install],
+                "remove": list(self.remove),
+                "stub_metadata": dict(self.stub_metadata or {}),
+                "python": platform.python_version_tuple()[:2],
+                "platform": [platform.system(), platform.machine()],
+            }
+        )
+
+
+@dataclass(frozen=True)
+class FormatFacts:
+    """What a format says of itself without being run: ``facts`` of its exporter, which may be left out.
+
+    Attributes:
+        environments: Isolated environments that the format brings; ``env`` lists and makes them.
+        environment: Name of the one that makes or runs it, its own or another format's; None for one that needs this
+            interpreter only.  A run asks for certificates and times again when that environment has changed.
+        cuda_environment: Name of another one that takes its place on a CUDA device.
+        packages: Distributions, by the names pip knows, whose versions decide what it makes and how fast that runs; a
+            run does its stages again when one has changed.  torch, transformers and numpy decide everything anyway.
+    """
+
+    environments: tuple[EnvironmentSpec, ...] = ()
+    environment: str | None = None
+    cuda_environment: str | None = None
+    packages: tuple[str, ...] = ()
+
+    def environment_on(self, device: str) -> EnvironmentSpec | str | None:
+        """What makes or runs it on ``device``: an environment of its own, the name of another format's, or None."""
+        name = (self.cuda_environment if device.startswith("cuda") else None) or self.environment
+        return next((spec for spec in self.environments if spec.name == name), name)
+
+
 @runtime_checkable
 class Exporter(Protocol):
     """Turns a pruned model into an artifact and opens such artifacts again.
@@ -97,6 +160,10 @@ class Exporter(Protocol):
     An exporter says whether its runtime reads ``layer_types`` by ``layer_type_formula(model_type: str)``: None when it
     does, else a function from a layer's number to the type the runtime takes it for.  One without this method is
     refused for a plan that breaks a pattern of layer types (:func:`sglp_deploy.models.patterns.check_layer_types`).
+
+    ``facts`` (:class:`FormatFacts`) says what the format depends on; one without it depends on this interpreter alone.
+    The command line reads it where nothing else of the format is needed, so the exporter's module should import
+    nothing heavy before it is used.
 
     Two more methods make certificates say more.  ``stored_weights(artifact)`` lists what lies in the files
     (:class:`sglp_deploy.parity.diagnosis.StoredTensor`): types are then checked against the manifest, and a failed

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from sglp_deploy.errors import ExporterNotFoundError, MissingDependencyError
-from sglp_deploy.protocols import Exporter
+from sglp_deploy.protocols import EnvironmentSpec, Exporter, FormatFacts
 
 GROUP = "sglp_deploy.exporters"
 
@@ -70,6 +70,24 @@ def exporter(name: str) -> Exporter:
     return made
 
 
+def facts(name: str) -> FormatFacts:
+    """What the format ``name`` declares of itself; the defaults for one that declares nothing.
+
+    Those too for one that is unknown or cannot be loaded: whoever needs it is told so by :func:`exporter`.
+    """
+    target = _targets().get(name)
+    return FormatFacts() if target is None else _facts_at(target)
+
+
+def environments() -> dict[str, EnvironmentSpec]:
+    """Every isolated environment that a format brings, by name; a built-in format's name is not taken by another's."""
+    found: dict[str, EnvironmentSpec] = {}
+    for _name, target in sorted(_targets().items(), key=lambda item: (item[0] not in _BUILTIN, item[0])):
+        for spec in _facts_at(target).environments:
+            found.setdefault(spec.name, spec)
+    return found
+
+
 def plugins() -> list[PluginInfo]:
     """Every exporter there is, usable or not, by name."""
     lines = []
@@ -101,7 +119,22 @@ def _load(target: str) -> Exporter:
     made = getattr(importlib.import_module(module), attribute)()
     if not isinstance(made, Exporter):
         raise TypeError(f"{attribute} lacks one of name, requires, export, open")
+    _facts(made)
     return made
+
+
+def _facts_at(target: str) -> FormatFacts:
+    try:
+        return _facts(_load(target))
+    except Exception:  # noqa: BLE001  # a plugin may fail in any way, and exporter() and plugins() say in which
+        return FormatFacts()
+
+
+def _facts(made: Exporter) -> FormatFacts:
+    declared = getattr(made, "facts", FormatFacts())
+    if not isinstance(declared, FormatFacts):
+        raise TypeError(f"facts of {type(made).__name__} is a {type(declared).__name__}, not FormatFacts")
+    return declared
 
 
 def _missing(made: Exporter) -> list[str]:

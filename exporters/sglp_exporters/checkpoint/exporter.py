@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglp_deploy.artifact import ExportArtifact
-from sglp_deploy.materialize import CompressedModel
-from sglp_deploy.parity.reference import TorchRunner
 from sglp_deploy.protocols import check_open_options
 from sglp_exporters.runners import stored_weights
-from sglp_exporters.runners.checkpoint import CheckpointRunner, export_checkpoint, refuse_options
 
+# Nothing here may import torch at its top: a run that has nothing to do comes this way.
 if TYPE_CHECKING:
+    from sglp_deploy.materialize import CompressedModel
     from sglp_deploy.parity.diagnosis import StoredTensor
+    from sglp_deploy.parity.reference import TorchRunner
 
 
 class TorchExporter:
@@ -30,6 +30,8 @@ class TorchExporter:
 
     def export(self, model: CompressedModel, out_dir: Path, **options: Any) -> ExportArtifact:
         """Write the checkpoint and its manifest."""
+        from sglp_exporters.runners.checkpoint import export_checkpoint, refuse_options
+
         refuse_options(self.name, options)
         return export_checkpoint(model, Path(out_dir), self.name, {"runner": "PyTorch eager, transformers"})
 
@@ -39,4 +41,6 @@ class TorchExporter:
 
     def open(self, artifact: ExportArtifact, **options: Any) -> TorchRunner:
         """A PyTorch runner on ``device`` with ``threads``."""
+        from sglp_exporters.runners.checkpoint import CheckpointRunner
+
         return CheckpointRunner(artifact.path, **check_open_options(self.name, options))

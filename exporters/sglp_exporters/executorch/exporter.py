@@ -17,7 +17,8 @@ from sglp_deploy._names import unknown_name
 from sglp_deploy.artifact import PLAN_FILE, ExportArtifact, TensorSpec, producer_versions, write_manifest
 from sglp_deploy.errors import BackendError, ConfigError, UnsupportedModelError
 from sglp_deploy.isolation.workers import Worker
-from sglp_deploy.protocols import check_open_options
+from sglp_deploy.protocols import FormatFacts, check_open_options
+from sglp_exporters.executorch.environment import ENVIRONMENT
 from sglp_exporters.executorch.runner import (
     MODEL_FILE,
     WORKER,
@@ -50,6 +51,7 @@ class ExecuTorchExporter:
 
     name = "executorch"
     requires = ("torch",)
+    facts = FormatFacts(environments=(ENVIRONMENT,), environment=ENVIRONMENT.name, packages=("executorch",))
 
     def layer_type_formula(self, model_type: str) -> Callable[[int], str] | None:
         """None: the program is traced from layers that were built by ``layer_types``."""

@@ -18,10 +18,10 @@ from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, BackendError, ConfigError
 from sglp_deploy.isolation import environments
 from sglp_deploy.isolation.workers import Worker
+from sglp_exporters.executorch.environment import ENVIRONMENT
 from sglp_exporters.runners.rows import RowsRunner
 
 MODEL_FILE = "model.pte"
-ENVIRONMENT = "executorch"
 WORKER = Path(__file__).with_name("worker.py")
 _BACKEND = "XnnpackBackend"
 _START_TIMEOUT_S = 900.0
@@ -39,7 +39,7 @@ def python() -> Path:
     import os
     import sys
 
-    if not os.environ.get(environments.variable(ENVIRONMENT)) and _have_executorch():
+    if not os.environ.get(environments.variable(ENVIRONMENT.name)) and _have_executorch():
         return Path(sys.executable)
     return environments.interpreter(ENVIRONMENT)
 
@@ -215,7 +215,7 @@ def check_program(artifact: ExportArtifact, facts: Mapping[str, Any]) -> None:
     if _BACKEND not in facts["backends"]:
         raise BackendError(
             f"this ExecuTorch has no {_BACKEND}, it has {', '.join(facts['backends']) or 'no backend'}; what it runs "
-            f"would be slow or fail; make the environment again: sglp-deploy env create {ENVIRONMENT} --force"
+            f"would be slow or fail; make the environment again: sglp-deploy env create {ENVIRONMENT.name} --force"
         )
     for kind, wanted in artifact.details["program"].items():
         found = [described(tensor) for tensor in facts[kind]]

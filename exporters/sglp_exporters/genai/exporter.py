@@ -28,7 +28,7 @@ from sglp_deploy.artifact import (
     write_manifest,
 )
 from sglp_deploy.errors import BackendError, ConfigError, UnsupportedModelError
-from sglp_deploy.protocols import check_open_options
+from sglp_deploy.protocols import FormatFacts, check_open_options
 from sglp_exporters.genai.runner import CONFIG_FILE, OrtGenaiRunner, settings
 from sglp_exporters.runners import stored_weights
 
@@ -48,6 +48,7 @@ class OrtGenaiExporter:
 
     name = "ort-genai"
     requires = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime_genai")
+    facts = FormatFacts(packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai"))
 
     def layer_type_formula(self, model_type: str) -> Callable[[int], str] | None:
         """The builder reads ``layer_types``, except for GPT-OSS, whose even layers it lets slide whatever they say.

@@ -21,8 +21,9 @@ from sglp_deploy.artifact import PLAN_FILE, ExportArtifact, producer_versions, w
 from sglp_deploy.errors import BackendError, ConfigError, MissingDependencyError, StorageError, UnsupportedModelError
 from sglp_deploy.isolation import environments
 from sglp_deploy.isolation.workers import Worker
-from sglp_deploy.protocols import Runner, check_open_options
+from sglp_deploy.protocols import FormatFacts, Runner, check_open_options
 from sglp_exporters.gguf import layers
+from sglp_exporters.gguf.environment import ENVIRONMENT
 from sglp_exporters.gguf.runner import MODEL_FILE, LlamaCppRunner
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from sglp_deploy.parity.diagnosis import StoredTensor
     from sglp_exporters.gguf.check import Comparison
 
-ENVIRONMENT = "gguf"
 _WORKER = Path(__file__).with_name("converter_worker.py")
 _CONVERT_TIMEOUT_S = 3600.0
 _OPTIONS = ("precision", "tokenizer", "pre_tokenizer")
@@ -46,6 +46,7 @@ class GgufExporter:
 
     name = "gguf"
     requires = ("torch", "transformers", "gguf")
+    facts = FormatFacts(environments=(ENVIRONMENT,), environment=ENVIRONMENT.name, packages=("gguf",))
 
     def layer_type_formula(self, model_type: str) -> Callable[[int], str] | None:
         """What llama.cpp takes a layer for; see :mod:`sglp_exporters.gguf.layers`."""

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 from sglp_deploy import _io
 from sglp_deploy.artifact import PLAN_FILE, ExportArtifact, TensorSpec, producer_versions, write_manifest
 from sglp_deploy.errors import BackendError, ConfigError
-from sglp_deploy.protocols import check_open_options
+from sglp_deploy.protocols import FormatFacts, check_open_options
 from sglp_exporters.onnx.options import OnnxOptions, read_options
-from sglp_exporters.onnx.runner import MODEL_FILE, OPTIONAL_INPUT, OnnxForwardRunner, OnnxRuntimeRunner
+from sglp_exporters.onnx.runner import MODEL_FILE, ONNX_PACKAGES, OPTIONAL_INPUT, OnnxForwardRunner, OnnxRuntimeRunner
 from sglp_exporters.runners import stored_weights
 
 # Nothing here may import torch: a benchmark's worker comes this way, and its memory must be the artifact's alone.
@@ -64,6 +64,7 @@ class OnnxExporter:
 
     name = "onnx"
     requires = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
+    facts = FormatFacts(packages=ONNX_PACKAGES)
 
     # Of the class on purpose: the registry makes a new instance for each request, and the trace outlives them.
     _template: LayerTemplate | None = None

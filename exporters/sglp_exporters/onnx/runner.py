@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "model.onnx"
 OPTIONAL_INPUT = "logits_to_keep"
+# What traces, rewrites and runs the graph; formats that are made of it depend on these too.
+ONNX_PACKAGES = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
 
 class _Session:

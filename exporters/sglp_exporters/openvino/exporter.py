@@ -17,8 +17,9 @@ from sglp_deploy import _io, registry
 from sglp_deploy._names import unknown_name
 from sglp_deploy.artifact import PLAN_FILE, ExportArtifact, producer_versions, write_manifest
 from sglp_deploy.errors import BackendError, ConfigError, StorageError
-from sglp_deploy.protocols import check_open_options
+from sglp_deploy.protocols import FormatFacts, check_open_options
 from sglp_exporters.onnx.runner import MODEL_FILE as ONNX_FILE
+from sglp_exporters.onnx.runner import ONNX_PACKAGES
 from sglp_exporters.openvino.runner import (
     MODEL_FILE,
     WEIGHTS_FILE,
@@ -45,6 +46,7 @@ class OpenVinoExporter:
 
     name = "openvino"
     requires = ("onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino")
+    facts = FormatFacts(packages=(*ONNX_PACKAGES, "openvino"))
 
     def layer_type_formula(self, model_type: str) -> Callable[[int], str] | None:
         """None: the graph is traced from layers that were built by ``layer_types``."""

@@ -21,15 +21,15 @@ from sglp_deploy.artifact import PLAN_FILE, ExportArtifact, TensorSpec, producer
 from sglp_deploy.errors import BackendError, ConfigError, StorageError, UnsupportedModelError
 from sglp_deploy.isolation import environments
 from sglp_deploy.isolation.workers import Worker
-from sglp_deploy.protocols import check_open_options
+from sglp_deploy.protocols import FormatFacts, check_open_options
 from sglp_exporters.onnx.runner import MODEL_FILE, OnnxRuntimeRunner
+from sglp_exporters.optimum.environment import ENVIRONMENT
 from sglp_exporters.runners import stored_weights
 
 if TYPE_CHECKING:
     from sglp_deploy.materialize import CompressedModel
     from sglp_deploy.parity.diagnosis import StoredTensor
 
-ENVIRONMENT = "optimum"
 _WORKER = Path(__file__).with_name("worker.py")
 _TIMEOUT_S = 3600.0
 _PROMPT, _STEPS = 8, 12  # tokens that optimum's own class is given, and continues with
@@ -42,6 +42,12 @@ class OptimumExporter:
 
     name = "optimum"
     requires = ("torch", "transformers", "onnx", "onnxruntime")
+    # Our own ONNX Runtime runs it; what the environment holds decides the graph, and whether there is one.
+    facts = FormatFacts(
+        environments=(ENVIRONMENT,),
+        environment=ENVIRONMENT.name,
+        packages=("onnx", "onnxruntime", "onnxruntime-gpu"),
+    )
 
     def layer_type_formula(self, model_type: str) -> Callable[[int], str] | None:
         """None: the graph is traced by a transformers that reads ``layer_types``."""

@@ -26,11 +26,12 @@ from sglp_deploy.artifact import (
     write_manifest,
 )
 from sglp_deploy.errors import ArtifactError, BackendError, ConfigError
-from sglp_deploy.protocols import Runner, check_open_options
-from sglp_exporters.onnx.runner import MODEL_FILE
+from sglp_deploy.protocols import FormatFacts, Runner, check_open_options
+from sglp_exporters.onnx.runner import MODEL_FILE, ONNX_PACKAGES
 from sglp_exporters.runners import stored_weights
 from sglp_exporters.tensorrt import build
 from sglp_exporters.tensorrt.build import ENGINE_FILE, KIT_FILE, REPORT_FILE, SCRIPT_FILE, Refused
+from sglp_exporters.tensorrt.environment import MODELOPT
 
 # Nothing here may import torch: a benchmark's worker comes this way, and its memory must be the artifact's alone.
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 
 _STAND_IN = "ONNX Runtime on the ONNX this engine was built from; engine not executed"
 _KIT_STAND_IN = "ONNX Runtime on the ONNX this kit builds from; no engine was built"
+_FACTS = FormatFacts(
+    environments=(MODELOPT,),
+    packages=(*ONNX_PACKAGES, "tensorrt", "tensorrt-rtx"),
+)
 _LAST_WORDS = 600  # characters of a crashed builder that are repeated
 
 
@@ -64,6 +69,7 @@ class TensorRTExporter:
     """Builds engines with the TensorRT that is installed, the classic one before TensorRT for RTX."""
 
     name = "tensorrt"
+    facts = _FACTS
 
     def __init__(self) -> None:
         self.requires: tuple[str, ...] = (*_ONNX_NEEDS, build.package_here() or build.CLASSIC)
@@ -150,6 +156,7 @@ class TensorRTKitExporter:
     """Writes what a target device needs to build its engine itself: the graph, the profiles, the script, digests."""
 
     name = "tensorrt-kit"
+    facts = _FACTS
 
     def __init__(self) -> None:
         self.requires: tuple[str, ...] = _ONNX_NEEDS

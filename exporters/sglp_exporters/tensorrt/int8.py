@@ -25,11 +25,11 @@ from sglp_deploy.evidence.text import CalibrationSet
 from sglp_deploy.isolation import environments
 from sglp_deploy.isolation.workers import Worker
 from sglp_exporters.onnx.runner import MODEL_FILE, OPTIONAL_INPUT
+from sglp_exporters.tensorrt.environment import MODELOPT
 
 if TYPE_CHECKING:
     from sglp_deploy.materialize import CompressedModel
 
-ENVIRONMENT = "modelopt"
 _WORKER = Path(__file__).with_name("modelopt_worker.py")
 _TIMEOUT_S = 3600.0
 _TOKENS, _ROW, _CACHED = 4096, 128, 64
@@ -54,7 +54,7 @@ def check_request(activations: str | None, own: str) -> None:
             f"precision='int8' was asked for a model whose weights are {own}; they would be rounded twice; load the "
             "model with --dtype fp32"
         )
-    environments.interpreter(ENVIRONMENT)
+    environments.interpreter(MODELOPT)
 
 
 def quantise(
@@ -96,7 +96,7 @@ def quantise(
         for number, feed in enumerate(feeds):
             files.append(str(scratch / f"feed-{number}.npz"))
             np.savez(files[-1], **cast("dict[str, Any]", feed))
-        with Worker(environments.interpreter(ENVIRONMENT), _WORKER, name="ModelOpt", timeout_s=_TIMEOUT_S) as worker:
+        with Worker(environments.interpreter(MODELOPT), _WORKER, name="ModelOpt", timeout_s=_TIMEOUT_S) as worker:
             said = worker.ask(
                 "quantise",
                 network=str(network.resolve()),

@@ -16,15 +16,14 @@ from sglp_deploy import _io
 from sglp_deploy.artifact import ELEMENT_TYPES, ExportArtifact
 from sglp_deploy.errors import MissingDependencyError, UnsupportedModelError
 from sglp_deploy.isolation import environments
-from sglp_deploy.materialize import CompressedModel
-from sglp_deploy.models import precision
-from sglp_deploy.models.samples import generates
-from sglp_deploy.protocols import Runner, check_open_options
+from sglp_deploy.protocols import FormatFacts, Runner, check_open_options
 from sglp_exporters.runners import stored_weights
-from sglp_exporters.runners.checkpoint import CheckpointRunner, export_checkpoint, refuse_options
+from sglp_exporters.vllm.environment import ON_CPU, ON_CUDA
 from sglp_exporters.vllm.runner import VllmRunner
 
+# Nothing here may import torch at its top: a run that has nothing to do comes this way.
 if TYPE_CHECKING:
+    from sglp_deploy.materialize import CompressedModel
     from sglp_deploy.parity.diagnosis import StoredTensor
 
 LAUNCH_FILE = "vllm_serve.json"
@@ -36,6 +35,7 @@ class VllmExporter:
 
     name = "vllm"
     requires = ("torch", "transformers")
+    facts = FormatFacts(environments=(ON_CPU, ON_CUDA), environment=ON_CPU.name, cuda_environment=ON_CUDA.name)
 
     def layer_type_formula(self, model_type: str) -> Callable[[int], str] | None:
         """vLLM reads ``layer_types``, except for GPT-OSS, whose even layers it lets slide whatever the list says.
@@ -50,6 +50,10 @@ class VllmExporter:
         Raises:
             UnsupportedModelError: If the model is no decoder language model.
         """
+        from sglp_deploy.models import precision
+        from sglp_deploy.models.samples import generates
+        from sglp_exporters.runners.checkpoint import export_checkpoint, refuse_options
+
         refuse_options(self.name, options)
         if not generates(model.module):
             raise UnsupportedModelError(
@@ -76,15 +80,17 @@ class VllmExporter:
     def open(self, artifact: ExportArtifact, **options: Any) -> Runner:
         """vLLM in its own environment when that is there, else a PyTorch runner over the same folder."""
         wanted = check_open_options(self.name, options)
-        environment = "vllm" if str(wanted.get("device", "cpu")).startswith("cuda") else "vllm-cpu"
+        device = str(wanted.get("device", "cpu"))
+        environment = ON_CUDA if device.startswith("cuda") else ON_CPU
         try:
             python = environments.interpreter(environment)
         except MissingDependencyError:
+            from sglp_exporters.runners.checkpoint import CheckpointRunner
+
             runner = CheckpointRunner(artifact.path, **wanted)
-            runner.description = f"transformers in place of vLLM: there is no environment {environment!r}"
+            runner.description = f"transformers in place of vLLM: there is no environment {environment.name!r}"
             runner.stands_in_for = self.name
             return runner
-        device = str(wanted.get("device", "cpu"))
         return VllmRunner(artifact.path, python, device=device, threads=wanted.get("threads"))
 
 
