@@ -104,6 +104,18 @@ class Engine:
         self.note(f"{name}: done in {elapsed:.1f} s")
         return product
 
+    def answer(self, name: str, settings: Mapping[str, Any], ask: Callable[[], str | None]) -> str | None:
+        """What ``ask`` says of a finished stage's outputs; asked again only when these or ``settings`` have changed.
+
+        For a question that is cheap to keep and dear to ask, because asking loads a runtime.
+        """
+        stage = self.stages[name]
+        key = _io.sha256_json([stage.key, stage.product, dict(settings)])
+        if stage.answer.get("key") != key:
+            stage.answer = {"key": key, "text": ask()}
+            self.save()
+        return stage.answer.get("text")
+
     def done(self, name: str) -> bool:
         """Whether that stage has come to its end, in this run or the one before."""
         stage = self.stages.get(name)

