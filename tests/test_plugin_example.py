@@ -22,10 +22,13 @@ import torch
 
 import tiny
 from installing import pip_install
+from sglp_bench.measure.timeable import reason_not_timed
+from sglp_bench.workloads.generate import Workload
 from sglp_deploy import _io, registry
 from sglp_deploy.artifact import MANIFEST, ExportArtifact
 from sglp_deploy.cli.main import main
 from sglp_deploy.errors import BackendError, ConfigError, UnsupportedModelError
+from sglp_deploy.protocols import FormatFacts
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "plugin_example"
@@ -102,6 +105,12 @@ def test_the_commands_of_the_page_end_in_a_certificate_that_passed(folder: tuple
     assert all(case["passed"] for case in report["cases"])
     assert "parity PASSED" in printed["verify"]
     assert "parity PASSED" in printed["show"]
+
+
+def test_run_would_measure_it_and_it_names_the_package_it_depends_on(folder: tuple[Path, dict[str, str]]) -> None:
+    artifact = ExportArtifact.load(folder[0] / "program")
+    assert reason_not_timed(artifact, Workload.named("smoke")) is None
+    assert registry.facts("torch-export") == FormatFacts(packages=("torch",))
 
 
 def test_the_code_of_the_page_runs(folder: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from sglp_deploy.materialize import CompressedModel
 from sglp_deploy.models import precision, quiet_libraries
 from sglp_deploy.models.samples import generates
 from sglp_deploy.parity.cache import key_value_sizes
-from sglp_deploy.protocols import check_open_options
+from sglp_deploy.protocols import FormatFacts, check_open_options
 
 FILE = "model.pt2"
 TOKENS = (("input_ids", "new"), ("attention_mask", "new"), ("position_ids", "new"), ("past_mask", "past"))
@@ -37,6 +37,7 @@ class TorchExportExporter:
 
     name = "torch-export"
     requires = ("torch", "transformers")
+    facts = FormatFacts(packages=("torch",))
 
     def layer_type_formula(self, model_type: str) -> None:
         """None: the graph is traced from layers that were built by ``layer_types``."""
