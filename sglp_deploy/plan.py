@@ -6,20 +6,18 @@ checked on a machine that has none.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from sglp_deploy import _io
+from sglp_deploy.artifact import producer_versions
 from sglp_deploy.errors import ArtifactError, PlanError
 from sglp_deploy.evidence.statistics import LayerStats
 from sglp_deploy.overlay import OVERLAY_FILE, Overlay
-from sglp_deploy.planners.budget import Budget, check_segments, kept, resolve_drops, select_drops
+from sglp_deploy.planners.budget import Budget, kept, resolve_drops, select_drops
+from sglp_deploy.planners.invariants import plan_fault
 from sglp_deploy.planners.registry import planner, planner_names, read_options
 from sglp_deploy.planners.seam import Evidence, FixedEvidence, LayerDecision, Matrix
 
@@ -105,13 +103,13 @@ class PruningPlan:
     weights: Overlay | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        fault = _fault(self)
+        fault = plan_fault(self)
         if fault:
             raise PlanError(f"the plan contradicts itself; {fault}; make the plan again instead of editing it")
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``plan.json``: every field as JSON values, with the schema first."""
-        return {"schema": SCHEMA} | {name: _plain(getattr(self, name)) for name in _field_names()}
+        return {"schema": SCHEMA} | {name: _io.plain(getattr(self, name)) for name in _field_names()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PruningPlan:
@@ -308,7 +306,7 @@ def make_plan(
         calibration={**(calibration or {}), **record["counts"]},
         compensation=None,
         seed=seen.seed,
-        versions=dict(_versions() if versions is None else versions),
+        versions=dict(producer_versions("numpy") if versions is None else versions),
         elapsed_s={"calibration": record["elapsed_s"], **decision.elapsed_s},
         # criterion and quota are fields of the plan itself.
         options={name: value for name, value in asdict(chosen).items() if name not in ("criterion", "quota")}
@@ -345,7 +343,7 @@ def keep_all_plan(
         model=dict(model),
         calibration=None if calibration is None else dict(calibration),
         seed=seed,
-        versions=dict(_versions() if versions is None else versions),
+        versions=dict(producer_versions("numpy") if versions is None else versions),
     )
 
 
@@ -391,60 +389,6 @@ def _added_in_3(calibration: Any) -> dict[str, Any]:
 
 def _says_nothing_but(plan: PruningPlan, meant: Mapping[str, Any]) -> bool:
     return all(getattr(plan, name) == value for name, value in meant.items())
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = metadata.version("sglp-deploy")
-    except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH has no distribution of its own
-        own = "not installed"
-    return {"python": platform.python_version(), "sglp-deploy": own, "numpy": np.__version__}
-
-
-def _fault(plan: PruningPlan) -> str | None:
-    """The first invariant a plan breaks, in words."""
-    layers = set(range(plan.n_layers))
-    for name, chosen in (("keep", plan.keep), ("drop", plan.drop)):
-        if list(chosen) != sorted(set(chosen)):
-            return f"{name} {list(chosen)} is not in rising order without repeats"
-        if not layers.issuperset(chosen):
-            return f"{name} {list(chosen)} names a layer outside 0..{plan.n_layers - 1}"
-    if not plan.keep:
-        return "no layer is kept"
-    if layers.difference(plan.drop) != set(plan.keep):
-        return f"keep {list(plan.keep)} and drop {list(plan.drop)} do not complete each other"
-    if wrong := check_segments(plan.segments, plan.n_layers):
-        return wrong
-    for start, end in plan.segments:
-        if not any(start <= layer < end for layer in plan.keep):
-            return f"segment [{start}, {end}) has no survivor"
-    if len(plan.segment_losses) not in (0, plan.n_layers) or not np.isfinite(plan.segment_losses).all():
-        return f"segment_losses is not one finite number for each of 1..{plan.n_layers} segments"
-    for name, row in plan.scores.items():
-        if len(row) != plan.n_layers or not np.isfinite(row).all():
-            return f"the {name} scores are not one finite number for each of {plan.n_layers} layers"
-    if plan.criterion is not None and plan.criterion not in plan.scores:
-        return f"criterion {plan.criterion!r} has no scores"
-    if plan.similarity is not None:
-        if {len(plan.similarity), *map(len, plan.similarity)} != {plan.n_layers}:
-            return f"similarity is not {plan.n_layers} by {plan.n_layers}"
-        if not np.isfinite(plan.similarity).all():
-            return "similarity holds NaN or infinity"
-    if plan.width is not None:
-        return "it lists kept channels, and this version prunes no width"
-    if plan.overlay is not None and not isinstance(plan.overlay.get("digest"), str):
-        return "its overlay has no digest"
-    missing = [name for name in ("id", "fingerprint") if not isinstance(plan.model.get(name), str)]
-    return f"model lacks {' and '.join(missing)}" if missing else None
-
-
-def _plain(value: Any) -> Any:
-    """Tuples and mappings as the lists and dictionaries of JSON."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _whole(value: Any) -> int:

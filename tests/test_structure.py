@@ -19,10 +19,6 @@ PACKAGES = ("sglp_deploy", "exporters/sglp_exporters", "bench/sglp_bench")
 MOST_MODULES = 15
 MOST_LINES = 400
 
-# Faults that are being mended: "importer -> imported" for an import that closes a circle, else the path of a module
-# that is too long.  An entry that is no fault any more has to go.
-EXPECTED_FOR_NOW = frozenset({"sglp_deploy/cli/pipeline.py", "sglp_deploy/plan.py"})
-
 Graph = Mapping[str, frozenset[str]]
 
 _LENGTH = re.compile(r"^Length: (\d+) lines; (\S.*)$", re.MULTILINE)
@@ -111,14 +107,6 @@ def _shortest_way_back(graph: Graph, start: str) -> tuple[str, ...] | None:
     return None
 
 
-def without(graph: Graph, edges: Iterable[str]) -> Graph:
-    """``graph`` less the imports named "importer -> imported"."""
-    gone = set(edges)
-    return {
-        name: frozenset(each for each in all_of if f"{name} -> {each}" not in gone) for name, all_of in graph.items()
-    }
-
-
 def over_full(folders: Iterable[Path]) -> list[str]:
     """Folders at or below ``folders`` that hold more than :data:`MOST_MODULES` modules, with their number."""
     counts: dict[Path, int] = {}
@@ -144,22 +132,13 @@ def too_long(modules: Iterable[Path]) -> dict[Path, str]:
     return faults
 
 
-def faults_of(root: Path, expected: frozenset[str] = EXPECTED_FOR_NOW) -> list[str]:
-    """Everything that is wrong with the tree in ``root``, but for what is expected for now."""
+def faults_of(root: Path) -> list[str]:
+    """Everything that is wrong with the tree in ``root``."""
     modules = modules_of(root / package for package in PACKAGES)
-    graph = import_graph(modules)
-    edges = {entry for entry in expected if "->" in entry}
-    faults = [f"import circle: {' -> '.join(circle)}" for circle in circles(without(graph, edges))]
-    for entry in sorted(edges):
-        importer, _, imported = entry.partition(" -> ")
-        if imported not in graph.get(importer, ()) or importer not in _reachable(graph, imported):
-            faults.append(f"{entry} closes no circle any more; take it out of EXPECTED_FOR_NOW")
+    faults = [f"import circle: {' -> '.join(circle)}" for circle in circles(import_graph(modules))]
     faults += [f"over-full folder: {line}" for line in over_full([*(root / each for each in PACKAGES), root / "tests"])]
     long = {file.relative_to(root).as_posix(): words for file, words in too_long(modules.values()).items()}
-    faults += [f"{path}: {words}" for path, words in sorted(long.items()) if path not in expected]
-    for path in sorted(expected - edges - set(long)):
-        faults.append(f"{path} is not too long any more; take it out of EXPECTED_FOR_NOW")
-    return faults
+    return faults + [f"{path}: {words}" for path, words in sorted(long.items())]
 
 
 # ---------------------------------------------------------------------------------------------------- the source tree
@@ -199,7 +178,6 @@ def test_a_circle_is_named_whatever_kind_of_import_closes_it(tmp_path: Path) -> 
     )
     assert graph["p.sub.c"] == {"p.a"}
     assert circles(graph) == [("p.a", "p.b", "p.sub.c", "p.a")]
-    assert circles(without(graph, ["p.b -> p.sub.c"])) == []
 
 
 def test_a_circle_through_a_package_and_two_circles_apart_are_each_found(tmp_path: Path) -> None:
@@ -255,7 +233,7 @@ def test_a_long_module_needs_a_reason_and_may_not_outgrow_the_number_beside_it(t
     assert faults["shrunk.py"].startswith("400 lines; that needs no reason any more")
 
 
-def test_a_whole_tree_is_judged_and_what_is_expected_is_passed_over_until_it_is_mended(tmp_path: Path) -> None:
+def test_a_whole_tree_is_judged(tmp_path: Path) -> None:
     files = {
         "sglp_deploy/a.py": "import sglp_exporters.b\n",
         "exporters/sglp_exporters/b.py": "def late():\n    import sglp_deploy.a\n",
@@ -263,18 +241,10 @@ def test_a_whole_tree_is_judged_and_what_is_expected_is_passed_over_until_it_is_
         **{f"tests/room/test_{number}.py": "" for number in range(16)},
     }
     tree(tmp_path, files)
-    circle, folder, length = faults_of(tmp_path, frozenset())
+    circle, folder, length = faults_of(tmp_path)
     assert circle == "import circle: sglp_deploy.a -> sglp_exporters.b -> sglp_deploy.a"
     assert folder == f"over-full folder: {tmp_path / 'tests/room'}: 16 modules"
     assert length.startswith("bench/sglp_bench/long.py: 401 lines and no reason")
-    expected = frozenset({"sglp_exporters.b -> sglp_deploy.a", "bench/sglp_bench/long.py"})
-    assert faults_of(tmp_path, expected) == [folder]
-    tree(tmp_path, {"exporters/sglp_exporters/b.py": "", "bench/sglp_bench/long.py": ""})
-    assert faults_of(tmp_path, expected) == [
-        "sglp_exporters.b -> sglp_deploy.a closes no circle any more; take it out of EXPECTED_FOR_NOW",
-        folder,
-        "bench/sglp_bench/long.py is not too long any more; take it out of EXPECTED_FOR_NOW",
-    ]
 
 
 if __name__ == "__main__":

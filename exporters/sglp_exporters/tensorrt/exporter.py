@@ -25,12 +25,13 @@ from sglp_deploy.artifact import (
     producer_versions,
     write_manifest,
 )
-from sglp_deploy.errors import ArtifactError, BackendError, ConfigError
+from sglp_deploy.errors import BackendError, ConfigError
 from sglp_deploy.protocols import FormatFacts, Runner, check_open_options
-from sglp_exporters.onnx.runner import MODEL_FILE, ONNX_PACKAGES
+from sglp_exporters.onnx.runner import ONNX_PACKAGES
 from sglp_exporters.runners import stored_weights
 from sglp_exporters.tensorrt import build
 from sglp_exporters.tensorrt.build import ENGINE_FILE, KIT_FILE, REPORT_FILE, SCRIPT_FILE, Refused
+from sglp_exporters.tensorrt.built import built_here, stand_in
 from sglp_exporters.tensorrt.environment import MODELOPT
 
 # Nothing here may import torch: a benchmark's worker comes this way, and its memory must be the artifact's alone.
@@ -143,7 +144,7 @@ class TensorRTExporter:
         """
         checked = check_open_options(self.name, options)
         if str(checked.get("device", "cpu")).partition(":")[0] != "cuda":
-            return _stand_in(artifact, artifact.details["build"]["network"]["sha256"], checked)
+            return stand_in(artifact, artifact.details["build"]["network"]["sha256"], checked)
         from sglp_exporters.tensorrt.runner import runner_for
 
         build = artifact.details["build"]
@@ -209,10 +210,10 @@ class TensorRTKitExporter:
         network = _io.read_json(artifact.path / KIT_FILE, "tensorrt-kit")["network"]
         digest = artifact.files[network].sha256
         if str(checked.get("device", "cpu")).partition(":")[0] != "cuda":
-            return _stand_in(artifact, digest, checked)
+            return stand_in(artifact, digest, checked)
         from sglp_exporters.tensorrt.runner import runner_for
 
-        engine, report = _built_here(artifact.path, digest)
+        engine, report = built_here(artifact.path, digest)
         return runner_for(artifact, engine, str(report["runtime"]["package"]), str(checked["device"]))
 
 
@@ -358,46 +359,3 @@ def _write_manifest(
             "onnx": dict(inner.details),
         },
     )
-
-
-def _stand_in(artifact: ExportArtifact, network_sha256: str, options: Mapping[str, Any]) -> Runner:
-    """A runner of the ONNX in the folder, after making sure that it is what TensorRT was given."""
-    from sglp_exporters.onnx.passes import required_inputs
-
-    network = _io.read_json(artifact.path / KIT_FILE, "tensorrt-kit")["network"]
-    same = artifact.files[network].sha256 == network_sha256
-    if same and network != MODEL_FILE:
-        same = (artifact.path / network).read_bytes() == required_inputs(artifact.path / MODEL_FILE)
-    if not same:
-        raise ArtifactError(
-            f"the ONNX in {artifact.path} is not the one TensorRT was given; a certificate would be about another "
-            "graph; export it again"
-        )
-    onnx_part = replace(artifact, format="onnx", details=artifact.details["onnx"])
-    runner: Any = registry.exporter("onnx").open(onnx_part, **options)
-    # A certificate repeats the first; a benchmark of something else than the format it is filed under would mislead.
-    runner.description = str(artifact.details["runner"])
-    runner.stands_in_for = artifact.format
-    opened: Runner = runner
-    return opened
-
-
-def _built_here(folder: Path, network_sha256: str) -> tuple[Path, dict[str, Any]]:
-    """The newest engine that ``build.py`` left in a kit's folder, and its report."""
-    reports = sorted(folder.glob(f"built/*/{REPORT_FILE}"), key=lambda file: file.stat().st_mtime)
-    if not reports:
-        raise ArtifactError(
-            f"there is no engine in {folder / 'built'}; a kit is built on its target; run python {SCRIPT_FILE} there"
-        )
-    report = _io.read_json(reports[-1], "tensorrt-build")
-    engine = reports[-1].parent / ENGINE_FILE
-    try:
-        of_this_kit = report["network"]["sha256"] == network_sha256
-        whole = engine.is_file() and _io.sha256_file(engine) == report["engine"]["sha256"]
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{reports[-1]} lacks a field; {error!r}; run {SCRIPT_FILE} again") from error
-    if not (of_this_kit and whole):
-        raise ArtifactError(
-            f"{engine} is not an engine of this kit, or was altered; its digests differ; run {SCRIPT_FILE} again"
-        )
-    return engine, report
