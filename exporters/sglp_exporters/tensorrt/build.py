@@ -2,12 +2,11 @@
 
 A build kit carries this file as ``build.py`` to the machine that has the target device, so nothing may be imported
 here but the standard library and TensorRT itself.  The exporter runs the same file as a program of its own: a builder
-that crashes, or that keeps gigabytes, does so in a process that ends.  It has more than 400 lines for that reason: what
-is one file to carry cannot be two modules.
+that crashes, or that keeps gigabytes, does so in a process that ends.
 
     python build.py [--target sm_86,sm_89] [--out DIR] [--timing-cache FILE]
 
-Length: 522 lines; it is carried as one file, so it cannot be cut.
+Length: 521 lines; it is carried as one file, so it cannot be cut.
 """
 
 from __future__ import annotations
