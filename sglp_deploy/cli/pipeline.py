@@ -83,7 +83,7 @@ class Pipeline:
         core = producer_versions(*_PACKAGES) | {"sglp-deploy": __version__}
         more = [name for facts in self._formats.values() for name in facts.packages]
         self._versions = producer_versions(*more) | core
-        self._environment = collect_environment(device=config.device, threads=config.threads)
+        self._environment = collect_environment(device=config.device, threads=config.threads, packages=more)
         self._created = datetime.now(UTC).isoformat(timespec="seconds")
         self._engine = Engine(
             self._root,

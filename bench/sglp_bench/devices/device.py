@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 
@@ -14,12 +14,13 @@ class Device(Protocol):
         """What a result calls the place."""
         ...
 
-    def environment(self, *, device: str, threads: int | None) -> dict[str, Any]:
+    def environment(self, *, device: str, threads: int | None, packages: Iterable[str] = ()) -> dict[str, Any]:
         """Facts of the place, as :func:`sglp_bench.devices.environment.collect_environment` gives them there.
 
         Args:
             device: The workload's device.
             threads: The workload's threads.
+            packages: Distributions whose versions decide the times.
         """
         ...
 

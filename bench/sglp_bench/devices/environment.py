@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,19 +33,8 @@ THREAD_VARIABLES = (
     "VECLIB_MAXIMUM_THREADS",
 )
 
-_PACKAGES = (
-    "numpy",
-    "onnx",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "openvino",
-    "sglp-deploy",
-    "tensorrt",
-    "tensorrt-rtx",
-    "torch",
-    "transformers",
-    "vllm",
-)
+# What every run computes with; what a format depends on beside it, its exporter declares.
+_PACKAGES = ("numpy", "sglp-deploy", "torch", "transformers")
 
 
 def thread_variables(threads: int | None) -> dict[str, str]:
@@ -53,12 +42,15 @@ def thread_variables(threads: int | None) -> dict[str, str]:
     return {} if threads is None else dict.fromkeys(THREAD_VARIABLES, str(threads))
 
 
-def collect_environment(*, device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
+def collect_environment(
+    *, device: str = "cpu", threads: int | None = None, packages: Iterable[str] = ()
+) -> dict[str, Any]:
     """Facts about this machine and this interpreter, as JSON; what cannot be read is None, never guessed.
 
     Args:
         device: The workload's device; the graphics card is asked about only for "cuda".
         threads: The workload's threads; decides the thread variables the blocks will see.
+        packages: Distributions the measured formats depend on (:attr:`sglp_deploy.protocols.FormatFacts.packages`).
     """
     import psutil
 
@@ -77,7 +69,7 @@ def collect_environment(*, device: str = "cpu", threads: int | None = None) -> d
         "cpu_governor": _read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
         "ram_bytes": psutil.virtual_memory().total,
         "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "packages": _package_versions(),
+        "packages": _package_versions({*_PACKAGES, *packages}),
         "thread_variables": {**inherited, **thread_variables(threads)},
         "gpus": gpus,
         "gpu_driver": driver,
@@ -105,8 +97,17 @@ def block_conditions(device: str = "cpu") -> dict[str, Any]:
 
 
 def differing_keys(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:
-    """The comparable keys on which two environments disagree, in the order of :data:`COMPARABLE_KEYS`."""
-    return [key for key in COMPARABLE_KEYS if left.get(key) != right.get(key)]
+    """The comparable keys on which two environments disagree, in the order of :data:`COMPARABLE_KEYS`.
+
+    Of packages those count that both have recorded: a run records what its own formats depend on.
+    """
+    return [key for key in COMPARABLE_KEYS if _differ(key, left.get(key), right.get(key))]
+
+
+def _differ(key: str, left: Any, right: Any) -> bool:
+    if key == "packages" and isinstance(left, Mapping) and isinstance(right, Mapping):
+        return any(left[name] != right[name] for name in left.keys() & right.keys())
+    return bool(left != right)
 
 
 def _read(path: Path) -> str | None:
@@ -132,13 +133,13 @@ def _cpu_mhz() -> float | None:
     return round(sum(values) / len(values), 1) if values else None
 
 
-def _package_versions() -> dict[str, str]:
+def _package_versions(names: Iterable[str]) -> dict[str, str]:
     versions = {}
-    for name in _PACKAGES:
+    for name in sorted(names):
         try:
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # not every runtime is installed everywhere
-            continue
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
     return versions
 
 

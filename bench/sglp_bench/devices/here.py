@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ class Here:
 
     name = "here"
 
-    def environment(self, *, device: str, threads: int | None) -> dict[str, Any]:
+    def environment(self, *, device: str, threads: int | None, packages: Iterable[str] = ()) -> dict[str, Any]:
         """Facts about this machine and this interpreter."""
-        return collect_environment(device=device, threads=threads)
+        return collect_environment(device=device, threads=threads, packages=packages)
 
     def run(self, spec: Mapping[str, Any], *, label: str, threads: int | None, timeout_s: float) -> dict[str, Any]:
         """See :func:`run_worker`."""

@@ -26,7 +26,7 @@ from sglp_bench.judge.certificates import require_certificates
 from sglp_bench.judge.compare import Comparison, compare_results
 from sglp_bench.result import ArmResult, BenchmarkResult, Block, artifact_facts, check_samples
 from sglp_bench.workloads.protocol import BenchmarkWorkload
-from sglp_deploy import _io
+from sglp_deploy import _io, registry
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, BenchmarkError, ConfigError, IncomparableResultsError
 from sglp_deploy.parity.certificate import ParityReport
@@ -167,7 +167,8 @@ def run_arms(
     if vocab_size is None and workload.draws_tokens:
         vocab_size = _common_vocabulary(arms)
     states = require_certificates(arms, certificates, unverified=unverified)
-    environment = device.environment(device=workload.device, threads=workload.threads)
+    packages = [package for artifact in arms.values() for package in registry.facts(artifact.format).packages]
+    environment = device.environment(device=workload.device, threads=workload.threads, packages=packages)
     named_openers: dict[str, str | None] = {label: (openers or {}).get(label) for label in arms}
     artifacts = dict(arms)
     if control:

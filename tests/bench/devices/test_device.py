@@ -1,6 +1,6 @@
 """The harness runs blocks wherever a device says, and knows no more of the place than its name."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ class Elsewhere:
         self.specs: list[Mapping[str, Any]] = []
         self._run = simulated_worker(self.started)
 
-    def environment(self, *, device: str, threads: int | None) -> dict[str, Any]:
+    def environment(self, *, device: str, threads: int | None, packages: Iterable[str] = ()) -> dict[str, Any]:
         self.asked.append((device, threads))
         return {"cpu_model": "a board's"}
 
@@ -79,4 +79,5 @@ def test_this_machine_tells_a_worker_the_search_path_from_before(monkeypatch: py
     monkeypatch.setenv("PYTHONPATH", "/before")
     assert HERE.run({"mode": "time"}, label="a", threads=2, timeout_s=3.0) == {"answer": 1}
     assert told == {"mode": "time", "pythonpath_before": "/before", "label": "a", "threads": 2, "timeout_s": 3.0}
-    assert HERE.environment(device="cuda", threads=4) == {"device": "cuda", "threads": 4}
+    wanted = {"device": "cuda", "threads": 4, "packages": ("vllm",)}
+    assert HERE.environment(device="cuda", threads=4, packages=("vllm",)) == wanted

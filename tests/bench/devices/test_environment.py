@@ -23,6 +23,17 @@ def test_the_environment_is_json_and_holds_every_key_results_are_compared_by() -
     assert found["energy_j"] is None
 
 
+def test_versions_of_what_the_measured_formats_depend_on_are_recorded() -> None:
+    usual = collect_environment()["packages"]
+    assert usual.keys() >= {"numpy", "torch", "transformers"}
+    assert "pytest" not in usual
+    more = collect_environment(packages=["pytest", "no-such-runtime"])
+    assert more["packages"] == usual | {"pytest": pytest.__version__, "no-such-runtime": "not installed"}
+    # Two runs of different formats compare by what both depend on.
+    assert differing_keys(collect_environment(), more) == []
+    assert differing_keys({**more, "packages": {**more["packages"], "pytest": "1.0"}}, more) == ["packages"]
+
+
 def test_thread_variables_are_those_the_blocks_will_see(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
