@@ -5,10 +5,9 @@ Kept apart from the stages themselves, so what makes a run resumable can be read
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from sglp_deploy import _io
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, ConfigError
+from sglp_deploy.isolation import lock
 
 RUN_FILE = "run.json"
 SCHEMA = "run/2"  # history: 1 = first; 2 = a stage keeps the answer to a question about its outputs
@@ -149,14 +149,15 @@ def run_folder(root: Path) -> Iterator[None]:
             root.mkdir(parents=True, exist_ok=True)
         except NotADirectoryError as error:
             raise ConfigError(f"{root} lies below a file; a run needs a folder; choose another --output") from error
-        lock = (root / ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another run is writing to {root}; two would mix their files; wait for it, or choose another --output"
-            ) from None
+
+    def busy() -> None:
+        raise ConfigError(
+            f"another run is writing to {root}; two would mix their files; wait for it, or choose another --output"
+        )
+
+    with ExitStack() as stack:
+        with _io.storage_errors(root):
+            stack.enter_context(lock.held(root / ".lock", busy=busy))
         _sweep(root)
         yield
 

@@ -8,7 +8,6 @@ was interrupted and is made again.
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import json
 import os
@@ -17,13 +16,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final
 
 from sglp_deploy import _io, registry
 from sglp_deploy._names import unknown_name
 from sglp_deploy.errors import BackendError, ConfigError, MissingDependencyError
+from sglp_deploy.isolation import lock
 from sglp_deploy.protocols import EnvironmentSpec
 
 SCHEMA: Final = "environment/1"  # history: 1 = first
@@ -137,7 +137,7 @@ def create(name: str, *, say: Say = lambda _line: None, force: bool = False) -> 
     folder = _folder(spec)
     with _io.storage_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.parent / f"{name}.lock", say):
+        with _locked(name, say):
             if _receipt(folder) is not None and not force:
                 say(f"{name} is ready in {folder}")
                 return _python(folder)
@@ -156,7 +156,7 @@ def remove(name: str) -> list[Path]:
     spec_of(name)
     if not _made(name):
         return []
-    with _locked(home() / f"{name}.lock", lambda _line: None):
+    with _locked(name, lambda _line: None):
         gone = _made(name)
         for folder in gone:
             _delete(folder)
@@ -285,13 +285,6 @@ def _receipt(folder: Path) -> dict[str, Any] | None:
     return value if whole else None
 
 
-@contextmanager
-def _locked(path: Path, say: Say) -> Iterator[None]:
-    """Hold the lock file; the system lets it go when the process ends, however it ends."""
-    with path.open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("another process is making it; waiting")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+def _locked(name: str, say: Say) -> AbstractContextManager[None]:
+    """Hold the environments called ``name``; wait for another process that does."""
+    return lock.held(home() / f"{name}.lock", busy=lambda: say("another process is making it; waiting"))
