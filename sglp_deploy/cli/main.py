@@ -20,12 +20,11 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from sglp_deploy import __version__
+from sglp_deploy.cli.exits import Exit
 from sglp_deploy.errors import ConfigError, IncomparableResultsError, ParityError, SGLPError
 
 if TYPE_CHECKING:
     from sglp_deploy.cli.console import Console
-
-EXIT_ERROR, EXIT_USAGE, EXIT_PARITY, EXIT_INCOMPARABLE, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
 Verb = Callable[[argparse.Namespace, "Console"], int]
 
@@ -60,16 +59,16 @@ def _report(error: BaseException, verb: str) -> int:
     if isinstance(error, KeyboardInterrupt):
         kept = "finished stages are kept; " if verb == "run" else "nothing half-made is left; "
         _say(f"interrupted; {kept}run the same command again to go on")
-        return EXIT_INTERRUPTED
+        return Exit.INTERRUPTED
     if isinstance(error, BrokenPipeError):
         # The reader of our output has gone (a pager, head); silence the interpreter's own complaint at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_ERROR
+        return Exit.ERROR
     for fault in error.faults if isinstance(error, ConfigError) else [_message(error)]:
         _say(f"error: {_one_line(fault)}")
     if isinstance(error, ParityError):
-        return EXIT_PARITY
-    return EXIT_INCOMPARABLE if isinstance(error, IncomparableResultsError) else EXIT_ERROR
+        return Exit.PARITY
+    return Exit.INCOMPARABLE if isinstance(error, IncomparableResultsError) else Exit.ERROR
 
 
 def _message(error: BaseException) -> str:

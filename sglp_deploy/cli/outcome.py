@@ -10,10 +10,10 @@ from typing import Any
 from sglp_bench.judge.compare import Comparison
 from sglp_deploy import _io
 from sglp_deploy.cli.console import table
+from sglp_deploy.cli.exits import Exit
 from sglp_deploy.parity.certificate import ParityReport
 from sglp_deploy.plan import PruningPlan
 
-EXIT_FAILED, EXIT_PARITY = 1, 3
 # The metrics of a comparison that a reader is told of.
 PREFILL, DECODE = "prefill_latency_s", "decode_latency_s_per_token"
 
@@ -36,11 +36,11 @@ def outcome_of(root: Path, plan: PruningPlan, failures: Mapping[str, str]) -> Ou
         failures: Stages that failed alone, with what they said.
     """
     rows: list[tuple[str, str]] = [("layers", f"{plan.n_layers} -> {len(plan.keep)}")]
-    exit_code = 0
+    exit_code = Exit.DONE
     for file in sorted((root / "parity").glob("*.json")):
         report = ParityReport.load(file)
         rows.append((f"parity {file.stem}", _verdict(report)))
-        exit_code = exit_code if report.passed else EXIT_PARITY
+        exit_code = exit_code if report.passed else Exit.PARITY
     for file in sorted((root / "bench").glob("*/comparison.json")):
         comparison = Comparison.load(file)
         for metric, label in ((PREFILL, "prefill"), (DECODE, "decode")):
@@ -48,7 +48,7 @@ def outcome_of(root: Path, plan: PruningPlan, failures: Mapping[str, str]) -> Ou
     quality = _io.read_json(root / "quality.json", "quality")
     for what, why in failures.items():
         rows.append((what, f"FAILED: {why}"))
-        exit_code = exit_code or EXIT_FAILED
+        exit_code = exit_code or Exit.ERROR
     rows.append(("perplexity", f"{quality['dense']['perplexity']:.2f} -> {quality['pruned']['perplexity']:.2f}"))
     page = root / "report" / "report.html"
     rows.append(("checkpoint", str(root / "checkpoint")))

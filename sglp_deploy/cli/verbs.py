@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from sglp_deploy.cli.config import RunConfig
 from sglp_deploy.cli.console import Console, table
+from sglp_deploy.cli.exits import Exit
 from sglp_deploy.errors import ArtifactError, StorageError
 
 if TYPE_CHECKING:
     from sglp_deploy.artifact import ExportArtifact
     from sglp_deploy.parity.certificate import ParityReport
-
-EXIT_PARITY = 3
 
 
 def run_plan(arguments: argparse.Namespace, console: Console) -> int:
@@ -34,7 +33,7 @@ def run_plan(arguments: argparse.Namespace, console: Console) -> int:
     from sglp_deploy.cli.show import describe
 
     console.result(describe(plan.to_json()) + f"\n\nwritten to {arguments.output}", plan.to_json())
-    return 0
+    return Exit.DONE
 
 
 def run_materialize(arguments: argparse.Namespace, console: Console) -> int:
@@ -50,7 +49,7 @@ def run_materialize(arguments: argparse.Namespace, console: Console) -> int:
         f"{len(plan.keep)} of {plan.n_layers} layers written to {folder}; loaded back bit for bit",
         {"path": str(folder), "n_layers": len(plan.keep), "plan_digest": plan.digest()},
     )
-    return 0
+    return Exit.DONE
 
 
 def run_export(arguments: argparse.Namespace, console: Console) -> int:
@@ -67,7 +66,7 @@ def run_export(arguments: argparse.Namespace, console: Console) -> int:
     options = dict(arguments.option or ())
     artifact = compressor.export(plan or compressor.keep_all(), arguments.to, arguments.output, **options)
     console.result(describe(artifact.to_json()) + f"\n\nwritten to {artifact.path}", artifact.to_json())
-    return 0
+    return Exit.DONE
 
 
 def run_verify(arguments: argparse.Namespace, console: Console) -> int:
@@ -85,7 +84,7 @@ def run_verify(arguments: argparse.Namespace, console: Console) -> int:
         report.save(arguments.output)
     _keep_certificate(report, artifact, console, written=arguments.output)
     console.result(describe(report.to_json()), report.to_json())
-    return 0 if report.passed else EXIT_PARITY
+    return Exit.DONE if report.passed else Exit.PARITY
 
 
 def _keep_certificate(report: ParityReport, artifact: ExportArtifact, console: Console, *, written: str | None) -> None:
@@ -127,7 +126,7 @@ def run_bench(arguments: argparse.Namespace, console: Console) -> int:
         result = run_arms({"artifact": candidate}, workload, control=False, **options)
         _say_unverified(console, {label: arm.artifact for label, arm in result.arms.items()})
         console.result(describe(result.to_json()), result.to_json())
-        return 0
+        return Exit.DONE
     comparison = benchmark_pair(
         ExportArtifact.load(arguments.against),
         candidate,
@@ -137,7 +136,7 @@ def run_bench(arguments: argparse.Namespace, console: Console) -> int:
     )
     _say_unverified(console, {label: arm["artifact"] for label, arm in comparison.arms.items()})
     console.result(describe(comparison.to_json()), comparison.to_json())
-    return 0
+    return Exit.DONE
 
 
 def _say_unverified(console: Console, arms: Mapping[str, Mapping[str, Any]]) -> None:
@@ -179,7 +178,7 @@ def run_evaluate(arguments: argparse.Namespace, console: Console) -> int:
         f"{text.source}, chunks of {value['chunk_tokens']}",
         value,
     )
-    return 0
+    return Exit.DONE
 
 
 def run_report(arguments: argparse.Namespace, console: Console) -> int:
@@ -192,7 +191,7 @@ def run_report(arguments: argparse.Namespace, console: Console) -> int:
     report = RunReport.from_run_folder(folder)
     page = report.save(arguments.output or folder / "report")
     console.result(f"report written to {page}", {"path": str(page)})
-    return 0
+    return Exit.DONE
 
 
 def run_run(arguments: argparse.Namespace, console: Console) -> int:
@@ -211,7 +210,7 @@ def run_show(arguments: argparse.Namespace, console: Console) -> int:
 
     value = read(Path(arguments.file))
     console.result(describe(value), value)
-    return 0
+    return Exit.DONE
 
 
 def run_plugins(arguments: argparse.Namespace, console: Console) -> int:
@@ -242,7 +241,7 @@ def run_plugins(arguments: argparse.Namespace, console: Console) -> int:
     for name in registry.shadowed():
         text += f"\nleft out: {name} takes the name of a built-in exporter"
     console.result(text, lines)
-    return 0
+    return Exit.DONE
 
 
 def run_env(arguments: argparse.Namespace, console: Console) -> int:
@@ -262,7 +261,7 @@ def run_env(arguments: argparse.Namespace, console: Console) -> int:
     else:
         gone = [str(folder) for folder in environments.remove(arguments.name)]
         console.result(f"removed {', '.join(gone) or 'nothing; it was not there'}", {"removed": gone})
-    return 0
+    return Exit.DONE
 
 
 def run_doctor(arguments: argparse.Namespace, console: Console) -> int:
@@ -273,7 +272,7 @@ def run_doctor(arguments: argparse.Namespace, console: Console) -> int:
     findings = examine()
     text = table([(item["state"], item["what"], item["detail"]) for item in findings], ("state", "what", "detail"))
     console.result(text, findings)
-    return 0
+    return Exit.DONE
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
