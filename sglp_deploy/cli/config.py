@@ -10,8 +10,10 @@
     [plan]
     drop = 6                       # or keep = 24, drop = 0.2, max_parameters = 110_000_000
     method = "sglp"
-    criterion = "grad-norm"
     calibration = "calib.txt"      # text, .jsonl, hf:DATASET, or "builtin"
+
+    [plan.options]                 # of the planner
+    criterion = "grad-norm"
 
     [export]
     to = ["onnx", "vllm", "onnx-int8"]
@@ -35,59 +37,39 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
+from functools import cache, reduce
+from operator import or_
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from sglp_deploy._names import unknown_name
+from sglp_deploy.cli.settings import DEFAULTS, MOVED, SETTINGS, TYPES, Settings, tables
 from sglp_deploy.errors import ConfigError
-from sglp_deploy.importance import CRITERIA
-from sglp_deploy.planners.budget import QUOTAS, Budget
-from sglp_deploy.planners.registry import PLANNERS, planner_names
-from sglp_deploy.similarity import ESTIMATORS
+from sglp_deploy.planners.budget import Budget
+from sglp_deploy.planners.registry import read_options
 
-DTYPES = ("fp32", "fp16", "bf16")
+_TABLES: Final = tables()
 
-# Table -> key in the file -> field of RunConfig.
-_TABLES: dict[str, dict[str, str]] = {
-    "model": {
-        "path": "model",
-        "device": "device",
-        "dtype": "dtype",
-        "threads": "threads",
-        "trust_remote_code": "trust_remote_code",
-        "allow_pickle": "allow_pickle",
-    },
-    "plan": {
-        "drop": "drop",
-        "keep": "keep",
-        "max_parameters": "max_parameters",
-        "method": "method",
-        "criterion": "criterion",
-        "segments": "n_segments",
-        "profile": "profile",
-        "estimator": "estimator",
-        "quota": "quota",
-        "calibration": "calibration",
-        "calibration_tokens": "calibration_tokens",
-        "sequence_length": "sequence_length",
-        "batch_size": "batch_size",
-        "rows": "rows",
-        "skip_positions": "skip_positions",
-        "preserve_pattern": "preserve_pattern",
-    },
-    "export": {"to": "to", "options": "options"},
-    "bench": {"workload": "workload"},
-    "evaluate": {"text": "text", "tokens": "evaluation_tokens", "chunk": "evaluation_chunk"},
-    "run": {"output": "output", "seed": "seed"},
-}
-
-
-# A name becomes a folder's, and these mean other folders of a run.
-_NAME = re.compile(r"(?!all$)(?!.*(?:-baseline|-against-torch)$)[A-Za-z0-9][A-Za-z0-9._-]*")
+# A name becomes a folder's, and these mean other folders of a run; "plan" is the planner, where options are given.
+_NAME = re.compile(r"(?!(?:all|plan)$)(?!.*(?:-baseline|-against-torch)$)[A-Za-z0-9][A-Za-z0-9._-]*")
 _FORMAT = "format"  # the option that says which format is behind a name
+
+# What a flag may still mend: the value is judged when the flags are in.
+_OF_THE_VALUE = ("literal_error", "greater_than_equal")
+
+_WORDS = {
+    "str": "text",
+    "int": "a whole number",
+    "bool": "true or false",
+    "int | float": "a number",
+    "tuple[str, ...]": "a list of texts",
+}
 
 
 @dataclass(frozen=True)
@@ -106,43 +88,12 @@ class Export:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Everything a run needs; each field is a flag of the command line and a key of ``sglp.toml``.
+class RunConfig(Settings):
+    """The settings of a run, checked.
 
-    ``to`` names the artifacts; a name is a format's, or one of the user's own, whose ``options`` then say which
-    ``format`` it is.
+    Raises:
+        ConfigError: If a value is wrong; all faults are listed.
     """
-
-    model: str = ""
-    output: str = "runs/run"
-    device: str = "cpu"
-    dtype: str = "auto"
-    threads: int | None = None
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-    drop: int | float | None = None
-    keep: int | None = None
-    max_parameters: int | None = None
-    method: str = "sglp"
-    criterion: str = "grad-norm"
-    n_segments: int | None = None
-    profile: str = "row_sum"
-    estimator: str = "unbiased"
-    quota: str = "proportional"
-    calibration: str | None = None
-    calibration_tokens: int = 16_384
-    sequence_length: int = 256
-    batch_size: int = 4
-    rows: str = "rms"
-    skip_positions: int = 1
-    preserve_pattern: bool = False
-    to: tuple[str, ...] = ("onnx",)
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    workload: str = "demo"
-    text: str | None = None
-    evaluation_tokens: int = 16_384
-    evaluation_chunk: int = 512
-    seed: int = 0
 
     def __post_init__(self) -> None:
         faults = []
@@ -155,14 +106,11 @@ class RunConfig:
         if not self.to:
             faults.append("no export format is given; nothing would be deployed; pass --to onnx")
         faults += self._export_faults()
-        for name, choices in _choices(self.method).items():
-            value = getattr(self, name)
-            if value not in choices:
-                faults += unknown_name(name, value, choices).faults
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                faults.append(f"{name}={value} is too small; nothing could be computed; pass {least} or more")
+        try:
+            read_options(self.method, self.plan_options)
+        except ConfigError as error:
+            faults += error.faults
+        faults += self._value_faults()
         if faults:
             raise ConfigError(faults)
 
@@ -180,7 +128,7 @@ class RunConfig:
     def _export_faults(self) -> list[str]:
         faults = [
             f"{name!r} cannot name an export; its folder and its benchmark's are called by it; use letters, digits, "
-            "'-', '_' and '.', and neither 'all' nor an end in -baseline or -against-torch"
+            "'-', '_' and '.', and neither 'all' nor 'plan' nor an end in -baseline or -against-torch"
             for name in self.to
             if not _NAME.fullmatch(name)
         ]
@@ -196,28 +144,49 @@ class RunConfig:
             )
         return faults
 
+    def _value_faults(self) -> list[str]:
+        given = {
+            table: {key: getattr(self, name) for key, name in keys.items() if getattr(self, name) is not None}
+            for table, keys in _TABLES.items()
+        }
+        faults = []
+        for (table, key), kind in _errors(given).items():
+            name = _TABLES[table][key]
+            value, setting = getattr(self, name), SETTINGS[name]
+            if kind == "literal_error":
+                faults += unknown_name(name, value, setting.choices).faults
+            elif kind == "greater_than_equal":
+                least = setting.least
+                faults.append(f"{name}={value} is too small; nothing could be computed; pass {least} or more")
+            else:
+                faults.append(f"{name}={value!r} is of the wrong kind; {_wanted(name)} is read; change it")
+        return faults
+
     @classmethod
     def load(cls, path: str | Path, **changes: Any) -> RunConfig:
         """Read ``sglp.toml``; ``changes`` (fields given as flags) win over the file, options one by one.
 
-        The file's options for formats that ``changes`` leaves out are not read.
+        The file's options for formats that ``changes`` leaves out are not read, nor are those of a planner that another
+        one replaces.
 
         Raises:
             ConfigError: If the file is missing or malformed, or a table, key or type is wrong; all faults are listed.
         """
         file = Path(path)
         try:
-            tables = tomllib.loads(file.read_text(encoding="utf-8"))
+            content = tomllib.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{file} cannot be read; {error.strerror}; check the path") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not TOML; {error}; correct that line") from error
-        found, faults = _fields(tables, file)
+        found, faults = _fields(content, file)
         of_file = found.pop("options", {})
         options = {name: dict(given) for name, given in of_file.items() if name in changes.get("to", of_file)}
         for name, given in changes.pop("options", {}).items():
             options.setdefault(name, {}).update(given)
-        found["options"] = options
+        method = found.get("method", DEFAULTS["method"])
+        of_planner = found.pop("plan_options", {}) if changes.get("method", method) == method else {}
+        found |= {"options": options, "plan_options": {**of_planner, **changes.pop("plan_options", {})}}
         try:
             config = cls(**{**found, **changes})
         except ConfigError as error:
@@ -227,79 +196,85 @@ class RunConfig:
         return config
 
 
-# Least value of each number; a budget's range depends on the model and is checked with it.
-_LEAST = {
-    "threads": 1,
-    "n_segments": 1,
-    "calibration_tokens": 8,
-    "sequence_length": 8,
-    "batch_size": 1,
-    "skip_positions": 0,
-    "evaluation_tokens": 8,
-    "evaluation_chunk": 8,
-    "seed": 0,
-}
-
-_WORDS = {
-    "str": "text",
-    "int": "a whole number",
-    "bool": "true or false",
-    "int | float": "a number",
-    "tuple[str, ...]": "a list of texts",
-    "Mapping[str, Mapping[str, Any]]": "a table [export.options.NAME] of texts, numbers, true or false",
-}
+def schema() -> dict[str, Any]:
+    """The JSON schema of ``sglp.toml``, by which editors complete and check it."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_file_model().model_json_schema()}
 
 
-def _choices(method: str) -> dict[str, Collection[str]]:
-    choices: dict[str, Collection[str]] = {
-        "dtype": ("auto", *DTYPES),
-        "method": planner_names(),
-        "profile": ("row_sum", "rows"),
-        "estimator": ESTIMATORS,
-        "quota": QUOTAS,
-        "rows": ("rms", "raw"),
-    }
-    # A third party's planner may rank by a score of its own.
-    return choices | ({"criterion": CRITERIA} if method in PLANNERS else {})
-
-
-def _fields(tables: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], list[str]]:
-    """What the file sets, by field, and what is wrong with it."""
-    faults: list[str] = []
-    found: dict[str, Any] = {}
-    types = {item.name: str(item.type) for item in fields(RunConfig)}
-    for table, content in tables.items():
-        known = _TABLES.get(table)
-        if known is None or not isinstance(content, dict):
-            faults.append(
-                f"{file}: {table!r} is not a table of sglp.toml; nothing reads it; the tables are {', '.join(_TABLES)}"
-            )
-            continue
-        for key, value in content.items():
-            if key not in known:
-                near = get_close_matches(key, known, n=1)
-                advice = f"did you mean {near[0]!r}? its" if near else "its"
-                faults.append(
-                    f"{file}: [{table}] has no key {key!r}; nothing reads it; {advice} keys are {', '.join(known)}"
-                )
-            elif not _fits(value, types[known[key]]):
-                wanted = types[known[key]].removesuffix(" | None")
-                faults.append(
-                    f"{file}: [{table}] {key} = {value!r} is of the wrong kind; {_WORDS[wanted]} is read; change it"
-                )
+@cache
+def _file_model() -> type[BaseModel]:
+    """What pydantic checks a whole file by: a model of models, one for each table."""
+    strict = ConfigDict(strict=True, extra="forbid")
+    types = get_type_hints(Settings)
+    made: dict[str, Any] = {}
+    for table, keys in _TABLES.items():
+        of_table: dict[str, Any] = {}
+        for key, name in keys.items():
+            setting, default = SETTINGS[name], DEFAULTS[name]
+            about: dict[str, Any] = {"description": setting.hint or setting.text, "ge": setting.least}
+            if default is None or default is MISSING:  # of a factory nothing is said in the schema
+                about["default_factory"] = lambda: None
             else:
-                found[known[key]] = tuple(value) if isinstance(value, list) else value
-    return found, faults
+                about["default"] = default
+            if isinstance(default, tuple):
+                about["strict"] = False  # TOML has lists only
+            # TOML has no null.
+            kind = Literal[setting.choices] if setting.choices else _without_none(types[name])
+            of_table[key] = (kind, Field(**about))
+        model = create_model(table, __config__=strict, **of_table)
+        made[table] = (model, Field(default_factory=model))
+    return create_model("sglp.toml", __config__=strict, **made)
 
 
-def _fits(value: Any, declared: str) -> bool:
-    if isinstance(value, bool):
-        return declared == "bool"
-    if isinstance(value, dict):
-        return declared.startswith("Mapping") and all(
-            isinstance(options, dict) and all(isinstance(option, (str, int, float)) for option in options.values())
-            for options in value.values()
+def _without_none(hint: Any) -> Any:
+    left = [part for part in get_args(hint) if part is not NoneType]
+    return reduce(or_, left) if get_origin(hint) is UnionType else hint
+
+
+def _errors(content: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
+    """Where a file's content is wrong (table, or table and key), to pydantic's word for the kind of fault."""
+    try:
+        _file_model().model_validate(content)
+    except ValidationError as error:
+        found: dict[tuple[str, ...], str] = {}
+        for fault in error.errors(include_url=False, include_input=False):
+            found.setdefault(tuple(map(str, fault["loc"][:2])), fault["type"])
+        return found
+    return {}
+
+
+def _fields(content: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], list[str]]:
+    """What the file sets, by field, and what is wrong with its tables, keys and kinds."""
+    wrong = {place: kind for place, kind in _errors(content).items() if kind not in _OF_THE_VALUE}
+    found = {
+        name: tuple(value) if isinstance(value, list) else value
+        for table, keys in _TABLES.items()
+        if (table,) not in wrong
+        for key, name in keys.items()
+        if (table, key) not in wrong and (value := content.get(table, {}).get(key)) is not None
+    }
+    return found, [f"{file}: {_fault(place, content)}" for place in wrong]
+
+
+def _fault(place: tuple[str, ...], content: Mapping[str, Any]) -> str:
+    table, *keys = place
+    if not keys:
+        near = [] if table in _TABLES else get_close_matches(table, _TABLES, n=1)
+        advice = f"did you mean {near[0]!r}? the" if near else "the"
+        return f"{table!r} is not a table of sglp.toml; nothing reads it; {advice} tables are {', '.join(_TABLES)}"
+    (key,), known = keys, _TABLES[table]
+    if key in known:
+        value = content[table][key]
+        return f"[{table}] {key} = {value!r} is of the wrong kind; {_wanted(known[key])} is read; change it"
+    if table == "plan" and key in MOVED:
+        return (
+            f"[plan] {key} is no key any more; it is an option of the planner; write {MOVED[key]} = ... under "
+            "[plan.options]"
         )
-    if isinstance(value, list):
-        return declared.startswith("tuple") and all(isinstance(item, str) for item in value)
-    return type(value).__name__ in declared.split(" | ")
+    near = get_close_matches(key, known, n=1)
+    advice = f"did you mean {near[0]!r}? its" if near else "its"
+    return f"[{table}] has no key {key!r}; nothing reads it; {advice} keys are {', '.join(known)}"
+
+
+def _wanted(name: str) -> str:
+    return SETTINGS[name].hint or _WORDS[TYPES[name].removesuffix(" | None")]

@@ -51,7 +51,7 @@ _PACKAGES = ("torch", "transformers", "numpy")
 # What each kind of stage reads of the configuration, beside the model itself.
 _WEIGHTS = ("dtype", "device")
 _PLAN = (
-    *_WEIGHTS, "drop", "keep", "max_parameters", "method", "criterion", "n_segments", "profile", "estimator", "quota",
+    *_WEIGHTS, "drop", "keep", "max_parameters", "method", "plan_options",
     "calibration", "calibration_tokens", "sequence_length", "batch_size", "rows", "skip_positions",
     "preserve_pattern", "seed",
 )  # fmt: skip

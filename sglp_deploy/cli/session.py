@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from sglp_deploy._names import may_be_hub_id
 from sglp_deploy.artifact import MANIFEST, PLAN_FILE, ExportArtifact
-from sglp_deploy.cli.config import DTYPES, RunConfig
+from sglp_deploy.cli.config import RunConfig
 from sglp_deploy.cli.console import Console
+from sglp_deploy.cli.settings import DTYPES
 from sglp_deploy.errors import ConfigError, StorageError
 from sglp_deploy.evidence.text import BUILTIN, CalibrationSet
 from sglp_deploy.plan import PruningPlan
@@ -115,13 +116,9 @@ def make_plan(made: Compressor, config: RunConfig, *, keep_matrix: bool = True) 
         keep=config.keep,
         max_parameters=config.max_parameters,
         method=config.method,
-        criterion=config.criterion,
-        n_segments=config.n_segments,
-        profile=config.profile,
-        estimator=config.estimator,
-        quota=config.quota,
         preserve_pattern=config.preserve_pattern,
         keep_matrix=keep_matrix,
+        **config.plan_options,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sglp_deploy.cli.config import RunConfig
 from sglp_deploy.cli.console import Console, table
 from sglp_deploy.cli.exits import Exit
+from sglp_deploy.cli.settings import BUDGET
 from sglp_deploy.errors import ArtifactError, StorageError
 
 if TYPE_CHECKING:
@@ -275,22 +277,23 @@ def run_doctor(arguments: argparse.Namespace, console: Console) -> int:
     return Exit.DONE
 
 
+def run_schema(arguments: argparse.Namespace, console: Console) -> int:
+    """``schema``: what an editor checks a sglp.toml by."""
+    del arguments
+    from sglp_deploy.cli.config import schema
+
+    console.result(json.dumps(schema(), indent=2), schema())
+    return Exit.DONE
+
+
 def _config(arguments: argparse.Namespace) -> RunConfig:
     """Flags that were given, over ``sglp.toml`` when the model argument is one, over the defaults."""
     known = {item.name for item in fields(RunConfig)}
     given: dict[str, Any] = {key: value for key, value in vars(arguments).items() if key in known and value is not None}
-    if isinstance(given.get("to"), str):
-        given["to"] = tuple(part.strip() for part in given["to"].split(",") if part.strip())
-    if "options" in given:
-        options: dict[str, dict[str, Any]] = {}
-        for name, key, value in given["options"]:
-            options.setdefault(name, {})[key] = value
-        given["options"] = options
     if str(arguments.model).endswith(".toml"):
         del given["model"]
         # A budget flag replaces the file's budget, whatever kind that is.
-        budget = ("drop", "keep", "max_parameters")
-        if any(key in given for key in budget):
-            given = {**dict.fromkeys(budget), **given}
+        if any(key in given for key in BUDGET):
+            given = {**dict.fromkeys(BUDGET), **given}
         return RunConfig.load(arguments.model, **given)
     return RunConfig(**given)

@@ -71,9 +71,13 @@ def read_options(name: str, given: Mapping[str, Any]) -> Any:
             faults.append(
                 f"{key}={value!r} does not fit planner {name!r}; {_words(hints[key])} is read; correct the value"
             )
+    try:
+        made = options(**values)
+    except ConfigError as error:
+        faults += error.faults
     if faults:
         raise ConfigError(faults)
-    return options(**values)
+    return made
 
 
 def _fit(value: Any, hint: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,16 @@ allow_pickle = true
 [plan]
 drop = 6
 method = "sglp"
-criterion = "taylor"
-segments = 4
-profile = "rows"
-estimator = "biased"
-quota = "global"
 calibration = "calib.txt"
 calibration_tokens = 1000
 sequence_length = 128
 batch_size = 2
 rows = "raw"
 skip_positions = 0
+
+[plan.options]
+criterion = "taylor"
+n_segments = 4
 
 [export]
 to = ["onnx", "vllm"]
@@ -81,11 +81,7 @@ def test_every_key_of_the_file_reaches_its_field(tmp_path: Path) -> None:
         allow_pickle=True,
         drop=6,
         method="sglp",
-        criterion="taylor",
-        n_segments=4,
-        profile="rows",
-        estimator="biased",
-        quota="global",
+        plan_options={"criterion": "taylor", "n_segments": 4},
         calibration="calib.txt",
         calibration_tokens=1000,
         sequence_length=128,
@@ -144,8 +140,13 @@ threads = 0
 [plan]
 drop = 1
 keep = 2
+segments = 4
+keep_pattern = true
+batch_size = "four"
+[plan.options]
 criterion = "tailor"
-segments = "four"
+quotas = "global"
+n_segments = "five"
 [export]
 to = "onnx"
 [benchmark]
@@ -155,13 +156,21 @@ workload = "smoke"
     assert found == [
         f"{file}: [model] has no key 'pth'; nothing reads it; did you mean 'path'? its keys are path, device, dtype, "
         "threads, trust_remote_code, allow_pickle",
-        f"{file}: [plan] segments = 'four' is of the wrong kind; a whole number is read; change it",
+        f"{file}: [plan] batch_size = 'four' is of the wrong kind; a whole number is read; change it",
+        f"{file}: [plan] segments is no key any more; it is an option of the planner; write n_segments = ... under "
+        "[plan.options]",
+        f"{file}: [plan] has no key 'keep_pattern'; nothing reads it; did you mean 'preserve_pattern'? its keys are "
+        "drop, keep, max_parameters, method, calibration, calibration_tokens, sequence_length, batch_size, rows, "
+        "skip_positions, preserve_pattern, options",
         f"{file}: [export] to = 'onnx' is of the wrong kind; a list of texts is read; change it",
-        f"{file}: 'benchmark' is not a table of sglp.toml; nothing reads it; the tables are model, plan, export, "
-        "bench, evaluate, run",
+        f"{file}: 'benchmark' is not a table of sglp.toml; nothing reads it; did you mean 'bench'? the tables are "
+        "model, plan, export, bench, evaluate, run",
         "no model is given; there is nothing to prune; pass MODEL or set path under [model]",
         "the budget sets drop and keep; one number decides how many layers go; pass exactly one of drop, keep, "
         "max_parameters",
+        "unknown option of planner 'sglp' 'quotas'; nothing is registered under that name; did you mean 'quota'? the "
+        "choices are criterion, estimator, n_segments, profile, quota",
+        "n_segments='five' does not fit planner 'sglp'; int | nothing is read; correct the value",
         "unknown criterion 'tailor'; nothing is registered under that name; did you mean 'taylor'? the choices are "
         "block-influence, grad-norm, grad-norm-output, grad-norm-weight-sum, taylor",
         "threads=0 is too small; nothing could be computed; pass 1 or more",
@@ -205,11 +214,43 @@ def test_a_missing_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == f"error: {file} cannot be read; No such file or directory; check the path\n"
 
 
-def test_a_third_party_s_method_may_have_a_criterion_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="unknown method 'theirs'"):
-        RunConfig(model="m", drop=1, method="theirs", criterion="own")
-    monkeypatch.setattr(config_module, "planner_names", lambda: ["sglp", "theirs"])
-    assert RunConfig(model="m", drop=1, method="theirs", criterion="own").criterion == "own"
+@pytest.fixture
+def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third party's planner with options of its own, installed."""
+    site = tmp_path / "site"
+    (site / "theirplanner-1.0.dist-info").mkdir(parents=True)
+    (site / "theirplanner-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: tp\nVersion: 1.0\n")
+    (site / "theirplanner-1.0.dist-info" / "entry_points.txt").write_text(
+        "[sglp_deploy.planners]\ntheirs = theirplanner:Planner\n"
+    )
+    (site / "theirplanner.py").write_text(
+        "from dataclasses import dataclass\n"
+        "@dataclass(frozen=True)\nclass Options:\n    criterion: str = 'own'\n    strength: float = 0.5\n"
+        "    careful: bool = False\n"
+        "class Planner:\n    name = 'theirs'\n    source = 'nobody 2020'\n    Options = Options\n"
+        "    def decide(self, evidence, budget, options):\n        raise NotImplementedError\n"
+    )
+    monkeypatch.syspath_prepend(str(site))
+
+
+THEIRS = {"criterion": "of theirs", "strength": 0.25, "careful": True}
+
+
+def test_a_third_party_s_method_has_options_of_its_own(theirs: None) -> None:
+    with pytest.raises(ConfigError, match=r"unknown method 'thiers'; .*did you mean 'theirs'"):
+        RunConfig(model="m", drop=1, method="thiers", plan_options=THEIRS)
+    assert RunConfig(model="m", drop=1, method="theirs", plan_options=THEIRS).plan_options == THEIRS
+    flags = ["--option", "plan.criterion=of theirs", "--option", "plan.strength=0.25", "--option", "plan.careful=true"]
+    assert given("m", "--drop", "1", "--method", "theirs", *flags).plan_options == THEIRS
+    with pytest.raises(ConfigError, match=r"option of planner 'theirs' 'quota'; .* careful, criterion, strength"):
+        RunConfig(model="m", drop=1, method="theirs", plan_options={"quota": "global"})
+
+
+def test_another_planner_does_not_get_the_options_that_the_file_gives_its_own(theirs: None, tmp_path: Path) -> None:
+    file = str(toml(tmp_path, WHOLE))
+    assert given(file, "--method", "theirs").plan_options == {}
+    assert given(file, "--method", "theirs", "--option", "plan.strength=1").plan_options == {"strength": 1}
+    assert given(file, "--method", "sglp").plan_options == {"criterion": "taylor", "n_segments": 4}
 
 
 # -------------------------------------------------------------------------------------------------------- flags over it
@@ -222,9 +263,11 @@ def given(*arguments: str) -> RunConfig:
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     file = str(toml(tmp_path, WHOLE))
     assert given(file) == RunConfig.load(file)
-    changed = given(file, "--to", "torch, onnx", "--seed", "1", "-o", "elsewhere", "--criterion", "grad-norm")
+    option = ("--option", "plan.criterion=grad-norm")
+    changed = given(file, "--to", "torch, onnx", "--seed", "1", "-o", "elsewhere", *option)
     assert changed.to == ("torch", "onnx")
-    assert (changed.seed, changed.output, changed.criterion) == (1, "elsewhere", "grad-norm")
+    assert (changed.seed, changed.output) == (1, "elsewhere")
+    assert changed.plan_options == {"criterion": "grad-norm", "n_segments": 4}
     assert (changed.model, changed.drop, changed.text) == ("models/smollm2", 6, "heldout.txt")
 
 
@@ -244,8 +287,11 @@ def test_a_budget_flag_replaces_the_file_s_budget_whatever_its_kind(
 
 
 def test_a_flag_can_mend_what_is_wrong_in_the_file(tmp_path: Path) -> None:
-    file = str(toml(tmp_path, "model.path = 'm'\nplan.drop = 1\nplan.criterion = 'nonsense'"))
-    assert given(file, "--criterion", "taylor").criterion == "taylor"
+    file = str(
+        toml(tmp_path, "model.path = 'm'\nplan.drop = 1\nplan.options.criterion = 'nonsense'\nplan.rows = 'cooked'")
+    )
+    mended = given(file, "--option", "plan.criterion=taylor", "--rows", "raw")
+    assert (mended.plan_options, mended.rows) == ({"criterion": "taylor"}, "raw")
 
 
 TWO_EXPORTS = """
@@ -286,6 +332,7 @@ def test_each_export_has_its_own_options_and_a_flag_wins_over_the_file_s(tmp_pat
         ({"to": ("onnx", "a/b")}, "'a/b' cannot name an export"),
         ({"to": ("onnx-baseline",)}, "'onnx-baseline' cannot name an export"),
         ({"to": ("all",)}, "'all' cannot name an export"),  # where a benchmark works
+        ({"to": ("plan",)}, "'plan' cannot name an export"),  # whose options are the planner's
         ({"to": ("torch",), "options": {"torch": {"format": "onnx"}}}, "'torch' takes no options"),
     ],
 )
@@ -301,12 +348,49 @@ def test_options_of_the_wrong_kind_are_refused(wrong: str, tmp_path: Path) -> No
     assert "a table [export.options.NAME]" in fault
 
 
+@pytest.mark.parametrize("wrong", ["options = 3", "options.criterion = ['taylor']", "options.criterion.a = 1"])
+def test_options_of_the_planner_of_the_wrong_kind_are_refused(wrong: str, tmp_path: Path) -> None:
+    (fault,) = faults(tmp_path, f"model.path = 'm'\n[plan]\ndrop = 1\n{wrong}")
+    assert "[plan] options" in fault
+    assert "a table [plan.options] of texts, numbers, true or false is read" in fault
+
+
 @pytest.mark.parametrize("wrong", ["precision=int8", ".precision=int8", "onnx.=int8", "onnx.precision"])
 def test_an_option_that_names_no_format_is_a_wrong_command_line(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         given("m", "--drop", "1", "--option", wrong)
     assert ended.value.code == 2
     assert "KEY=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("4", 4), ("-4", -4), ("0.25", 0.25), ("1e-3", 0.001), ("true", True), ("False", False),
+        ("taylor", "taylor"), ("a=b", "a=b"), ("", ""), ("nan", "nan"), ("inf", "inf"),
+        ("1_000", "1_000"), ("1.2.3", "1.2.3"),
+    ],
+)  # fmt: skip
+def test_a_value_on_the_command_line_is_a_number_true_or_false_or_a_text(text: str, value: Any) -> None:
+    (found,) = given("m", "--drop", "1", "--option", f"onnx.key={text}").options["onnx"].values()
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_a_value_of_the_wrong_kind_is_refused_without_a_file_too() -> None:
+    with pytest.raises(ConfigError, match="batch_size='four' is of the wrong kind; a whole number is read; change it"):
+        RunConfig(model="m", drop=1, batch_size="four")
+
+
+def test_the_schema_for_editors_is_the_one_in_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    kept = (cli_runs.ROOT / "docs" / "sglp.schema.json").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == kept, "write it again: sglp-deploy schema > docs/sglp.schema.json"
+    tables = json.loads(kept)["$defs"]
+    assert {table: list(found["properties"]) for table, found in tables.items()} == {
+        table: list(keys) for table, keys in config_module._TABLES.items()
+    }
+    assert tables["model"]["properties"]["threads"]["minimum"] == 1
+    assert tables["plan"]["properties"]["rows"]["enum"] == ["rms", "raw"]
 
 
 def test_without_a_file_the_defaults_hold() -> None:

@@ -110,3 +110,22 @@ def test_a_name_without_a_format_behind_it_is_refused_before_any_work(
     assert main(cli_runs.run_arguments(model, out, to=TO)) == 1
     assert "half" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_an_option_of_the_planner_reaches_it_and_runs_the_plan_again(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = cli_runs.run_arguments(model, out, to="vllm")
+    assert main([*arguments, "--option", "plan.criterion=block-influence", "--option", "plan.n_segments=2"]) == 0
+    plan = json.loads((out / "plan.json").read_text())
+    assert (plan["criterion"], len(plan["segments"])) == ("block-influence", 2)
+    assert main([*arguments, "--option", "plan.criterion=block-influence", "--option", "plan.n_segments=3"]) == 0
+    assert len(json.loads((out / "plan.json").read_text())["segments"]) == 3
+    assert stages(out)["plan"]["note"] != "kept"
+
+
+def test_plan_takes_the_option_of_a_planner(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    flags = ["--option", "criterion=taylor", "--option", "n_segments=2", "--option", "quota=global"]
+    assert main(["plan", str(model), "--drop", "1", *cli_runs.SMALL, *flags, "-q", "-o", str(file)]) == 0
+    plan = json.loads(file.read_text())
+    assert (plan["criterion"], len(plan["segments"]), plan["quota"]) == ("taylor", 2, "global")

@@ -1,0 +1,297 @@
+"""The flags of each verb; those that set something of a run are made from its definition (:mod:`.settings`).
+
+Every default of a run lives in the definition, so a file and the flags agree: a flag that is not given is None.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+from sglp_deploy.cli.settings import BUDGET, DEFAULTS, MOVED, SETTINGS, TYPES
+
+PLAN: Final = "plan"  # whose option it is, where options of formats are given too
+
+Value = int | float | bool | str
+
+_LOADING = ("device", "dtype", "threads", "trust_remote_code", "allow_pickle")
+# Settings of [plan] that are no budget, and the seed; the options are a flag of another kind in each verb.
+_PLANNING = (
+    *(name for name in SETTINGS if SETTINGS[name].table == "plan" and name not in (*BUDGET, "plan_options")),
+    "seed",
+)
+_OUTPUT = ("-o", "--output")
+
+
+def add(verb: str, parser: argparse.ArgumentParser) -> None:
+    """Add what ``verb`` takes."""
+    _ARGUMENTS[verb](parser)
+
+
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse what argparse cannot express; ends the process with a usage error."""
+    if moved := getattr(arguments, "moved", None):
+        of_run = f"{PLAN}." if arguments.verb == "run" else ""
+        now = " ".join(f"--option {of_run}{MOVED[flag]}={value}" for flag, value in moved)
+        parser.error(f"{', '.join(f'--{flag}' for flag, _ in moved)}: an option of the planner now; write {now}")
+    if arguments.verb == "export" and arguments.baseline == bool(arguments.plan):
+        parser.error("export takes a plan or --baseline, one of the two")
+    if arguments.verb == "env" and (arguments.action == "list") == (arguments.name is not None):
+        parser.error(f"env {arguments.action} takes {'no name' if arguments.action == 'list' else 'a NAME'}")
+    by_hand = getattr(arguments, "drop_layers", None) is not None
+    if getattr(arguments, "stack", None) and not by_hand:
+        parser.error("--stack goes with --drop-layers; planning by measurement is for models with one stack")
+    if by_hand and any(getattr(arguments, name) is not None for name in BUDGET):
+        parser.error("--drop-layers names the layers; leave --drop, --keep and --max-parameters out")
+    if by_hand and arguments.plan_options:
+        parser.error("--drop-layers names the layers; no planner would read --option; leave it out")
+    if (
+        arguments.verb in ("plan", "run")
+        and not by_hand
+        and not arguments.model.endswith(".toml")
+        and all(getattr(arguments, name) is None for name in BUDGET)
+    ):
+        parser.error(f"{arguments.verb} needs a budget: one of --drop, --keep, --max-parameters")
+
+
+# ------------------------------------------------------------------------------------------------------------ the verbs
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    _model(parser, help=f"{SETTINGS['model'].text}; or a sglp.toml that names one")
+    _planning(parser, option="plan_options", read=_option)
+    parser.add_argument(*_OUTPUT, default="plan.json", help="file to write (default: %(default)s)")
+    parser.add_argument("--drop-layers", type=_layers, metavar="I,J", help="remove these layers, measuring nothing")
+    parser.add_argument("--stack", help="encoder or decoder, for a model that has both (with --drop-layers)")
+    parser.add_argument("--no-matrix", action="store_true", help="leave the similarity matrix out of the file")
+
+
+def _materialize(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("plan", help="plan.json")
+    parser.add_argument(*_OUTPUT, required=True, help="folder to write")
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("plan", nargs="?", help="plan.json; left out with --baseline")
+    parser.add_argument("--to", default="onnx", metavar="FORMAT", help="see 'sglp-deploy plugins' (default: onnx)")
+    parser.add_argument(
+        "--option", action="append", type=_option, metavar="KEY=VALUE", help="an option of that format; may be repeated"
+    )
+    parser.add_argument("--baseline", action="store_true", help="keep every layer")
+    parser.add_argument(*_OUTPUT, required=True, help="folder to write")
+
+
+def _verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("artifact", help="artifact folder")
+    parser.add_argument("--model", help="the unpruned model, when it has moved since the export")
+    parser.add_argument("--text", help="text for the prompts (default: built-in prose)")
+    parser.add_argument(*_OUTPUT, help="file to write as well (parity.json is left in the artifact's folder)")
+    _loading(parser)
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("artifact", help="artifact folder")
+    parser.add_argument("--against", metavar="DIR", help="the baseline's artifact folder")
+    parser.add_argument(
+        "--certificate", action="append", metavar="FILE", help="a parity.json that lies elsewhere; may be repeated"
+    )
+    parser.add_argument(
+        "--unverified", action="store_true", help="measure what is not certified; marked in every output"
+    )
+    parser.add_argument("--workload", default="decode-small", help="name of a workload (default: %(default)s)")
+    parser.add_argument("--no-control", action="store_true", help="leave out the A/A control")
+    _set(parser, "device", default=DEFAULTS["device"])
+    _set(parser, "threads", help="threads of the runtime (default: its own choice)")
+    parser.add_argument(*_OUTPUT, required=True, help="folder for result.json and comparison.json")
+
+
+def _evaluate(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    _set(parser, "text", help="text file, .jsonl or hf:DATASET (default: held-out built-in prose)")
+    for name in ("evaluation_tokens", "evaluation_chunk"):
+        flag = SETTINGS[name].key
+        _set(parser, name, f"--{flag}", dest=flag, default=DEFAULTS[name])
+    parser.add_argument(*_OUTPUT, help="file to write")
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="run folder")
+    parser.add_argument(*_OUTPUT, help="folder to write (default: FOLDER/report)")
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    _model(parser, help="model, or a sglp.toml that names one")
+    _planning(parser, option="options", read=_named_option)
+    for name in SETTINGS:
+        if SETTINGS[name].table in ("export", "bench", "evaluate") and name != "options":
+            _set(parser, name)
+    _set(parser, "output", *_OUTPUT)
+
+
+def _show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="plan.json, manifest.json, parity.json, an artifact or run folder, ...")
+
+
+def _env(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["create", "list", "remove"], help="what to do")
+    parser.add_argument("name", nargs="?", help="see 'sglp-deploy env list'")
+    parser.add_argument("--force", action="store_true", help="make it again although it is ready")
+
+
+def _nothing(parser: argparse.ArgumentParser) -> None:
+    del parser
+
+
+_ARGUMENTS: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "plan": _plan,
+    "materialize": _materialize,
+    "export": _export,
+    "verify": _verify,
+    "bench": _bench,
+    "evaluate": _evaluate,
+    "report": _report,
+    "run": _run,
+    "show": _show,
+    "plugins": _nothing,
+    "env": _env,
+    "doctor": _nothing,
+    "schema": _nothing,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ in common
+
+
+def _model(parser: argparse.ArgumentParser, **changes: Any) -> None:
+    parser.add_argument("model", **{"help": SETTINGS["model"].text, **changes})
+    _loading(parser)
+
+
+def _loading(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("loading")
+    for name in _LOADING:
+        _set(group, name)
+
+
+def _planning(parser: argparse.ArgumentParser, *, option: str, read: Callable[[str], tuple[Any, ...]]) -> None:
+    group = parser.add_argument_group("planning")
+    budget = group.add_mutually_exclusive_group()
+    for name in BUDGET:
+        _set(budget, name)
+    for name in _PLANNING:
+        _set(group, name)
+    setting = SETTINGS[option]
+    parser.set_defaults(plan_options=None, options=None)
+    parser.add_argument("--option", dest=option, action=_Options, type=read, metavar=setting.metavar, help=setting.text)
+    for flag in MOVED:
+        parser.add_argument(
+            f"--{flag}", dest="moved", action="append", type=partial(_pair, flag), help=argparse.SUPPRESS
+        )
+
+
+def _set(parser: argparse._ActionsContainer, name: str, *flags: str, **changes: Any) -> None:
+    """The flag that sets ``name`` of a run."""
+    setting, default = SETTINGS[name], DEFAULTS[name]
+    given: dict[str, Any] = {"dest": name, "default": None, "help": setting.text}
+    declared = TYPES[name].removesuffix(" | None")
+    if declared == "bool":
+        given["action"] = "store_true"
+    else:
+        if isinstance(default, tuple):
+            given["help"] += ", comma-separated"
+        said = ",".join(default) if isinstance(default, tuple) else default
+        given |= {"type": _READ[declared], "metavar": setting.metavar}
+        given["help"] += f" (default: {said})" if said is not None else ""
+        given |= {"choices": setting.choices} if setting.choices else {}
+    parser.add_argument(*(flags or (f"--{name.replace('_', '-')}",)), **{**given, **changes})
+
+
+class _Options(argparse.Action):
+    """Collect options into dictionaries: those of the planner, and those of formats by their names."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Put one option where it belongs; a later one wins."""
+        del parser, option_string
+        *owner, key, value = values
+        of_planner = owner in ([], [PLAN])
+        name = "plan_options" if of_planner else "options"
+        found: dict[str, Any] = dict(getattr(namespace, name) or {})
+        if of_planner:
+            found[key] = value
+        else:
+            found[owner[0]] = {**found.get(owner[0], {}), key: value}
+        setattr(namespace, name, found)
+
+
+def _count_or_share(text: str) -> int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of layers (6) nor a share of them (0.2)")
+
+
+def _option(text: str) -> tuple[str, Value]:
+    key, separator, value = text.partition("=")
+    if not key or not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is no option; write KEY=VALUE (precision=fp16)")
+    return key, _value(value)
+
+
+def _named_option(text: str) -> tuple[str, str, Value]:
+    key, value = _option(text)
+    name, _, key = key.rpartition(".")
+    if not name or not key:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not say whose option it is; write FORMAT.KEY=VALUE, or plan.KEY=VALUE for the planner"
+        )
+    return name, key, value
+
+
+def _value(text: str) -> Value:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            number = kind(text)
+        except ValueError:
+            continue
+        # Python also reads "1_000" and "nan"; a text that only looks so is not changed.
+        if "_" not in text and math.isfinite(number):
+            return number
+    return text
+
+
+def _pair(flag: str, value: str) -> tuple[str, str]:
+    return flag, value
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layer numbers (2,5,7)") from None
+
+
+_READ: Final[dict[str, Callable[[str], Any]]] = {
+    "str": str,
+    "int": int,
+    "int | float": _count_or_share,
+    "tuple[str, ...]": _names,
+}

@@ -1,0 +1,131 @@
+"""What a run can be asked to do: one definition that flags, keys of ``sglp.toml``, checks and schema are made from.
+
+Plain data: help reads it and must answer at once, so what checks the values (:mod:`sglp_deploy.cli.config`) is apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Final, NamedTuple
+
+DTYPES: Final = ("fp32", "fp16", "bf16")
+
+Option = bool | int | float | str
+
+# Keys of [plan] and flags that became options of the planner, with their names there.
+MOVED: Final = {
+    "criterion": "criterion",
+    "segments": "n_segments",
+    "profile": "profile",
+    "estimator": "estimator",
+    "quota": "quota",
+}
+
+
+class Setting(NamedTuple):
+    """What is said of one field of :class:`Settings`.
+
+    Attributes:
+        table: Its table in ``sglp.toml``.
+        key: Its key there.
+        text: What it means, for help and for the schema (there ``hint`` wins).
+        least: The least value of a number.
+        choices: The only values, where they are few and known.
+        metavar: What stands for its value in help.
+        hint: What is read, for an error message.
+    """
+
+    table: str
+    key: str
+    text: str
+    least: int | None = None
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+    hint: str = ""
+
+
+# Any: what it returns stands for a value of the field's type, as dataclasses.field does.
+def _setting(table: str, key: str, default: Any, text: str, **more: Any) -> Any:
+    metadata = {"setting": Setting(table, key, text, **more)}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# Only the fields: RunConfig, which is checked, has the methods, and help need not wait for them.
+@dataclass(frozen=True, init=False, repr=False, eq=False)
+class Settings:
+    """Everything a run needs; each field is a flag of the command line and a key of ``sglp.toml``.
+
+    ``to`` names the artifacts; a name is a format's, or one of the user's own, whose ``options`` then say which
+    ``format`` it is.
+    """
+
+    model: str = _setting("model", "path", "", "checkpoint folder, .gguf file, or hub identifier when online")
+    device: str = _setting("model", "device", "cpu", "cpu, cuda or cuda:N")
+    dtype: str = _setting("model", "dtype", "auto", "element type; auto is as stored", choices=("auto", *DTYPES))
+    threads: int | None = _setting("model", "threads", None, "CPU threads (default: the runtime's choice)", least=1)
+    trust_remote_code: bool = _setting("model", "trust_remote_code", False, "run code that comes with it")
+    allow_pickle: bool = _setting("model", "allow_pickle", False, "accept weights stored as pickle")
+
+    # How many layers go; exactly one of the three.  Their ranges depend on the model and are checked with it.
+    drop: int | float | None = _setting("plan", "drop", None, "layers to remove, or a share (0.2)", metavar="N")
+    keep: int | None = _setting("plan", "keep", None, "layers to keep", metavar="N")
+    max_parameters: int | None = _setting(
+        "plan", "max_parameters", None, "parameters the pruned model may have", metavar="N"
+    )
+    method: str = _setting("plan", "method", "sglp", "planner, see 'sglp-deploy plugins'")
+    calibration: str | None = _setting(
+        "plan", "calibration", None, "text, .jsonl, hf:DATASET or builtin (default)", metavar="TEXT"
+    )
+    calibration_tokens: int = _setting("plan", "calibration_tokens", 16_384, "token budget", least=8, metavar="N")
+    sequence_length: int = _setting("plan", "sequence_length", 256, "tokens in a row", least=8, metavar="N")
+    batch_size: int = _setting("plan", "batch_size", 4, "rows in a minibatch", least=1, metavar="N")
+    rows: str = _setting("plan", "rows", "rms", "normalise rows before they are compared", choices=("rms", "raw"))
+    skip_positions: int = _setting("plan", "skip_positions", 1, "leading positions left out", least=0, metavar="N")
+    preserve_pattern: bool = _setting(
+        "plan", "preserve_pattern", False, "remove whole periods of the layer pattern (local, local, global, ...) only"
+    )
+    plan_options: Mapping[str, Option] = _setting(
+        "plan",
+        "options",
+        {},
+        "an option of the planner; may be repeated",
+        metavar="KEY=VALUE",
+        hint="a table [plan.options] of texts, numbers, true or false",
+    )
+
+    to: tuple[str, ...] = _setting("export", "to", ("onnx",), "formats to make", metavar="FORMATS")
+    options: Mapping[str, Mapping[str, Option]] = _setting(
+        "export",
+        "options",
+        {},
+        "an option of a format, or plan.KEY=VALUE of the planner; may be repeated",
+        metavar="FORMAT.KEY=VALUE",
+        hint="a table [export.options.NAME] of texts, numbers, true or false",
+    )
+
+    workload: str = _setting("bench", "workload", "demo", "name of a workload")
+
+    text: str | None = _setting("evaluate", "text", None, "text to judge quality on (default: held-out built-in prose)")
+    evaluation_tokens: int = _setting("evaluate", "tokens", 16_384, "token budget for quality", least=8)
+    evaluation_chunk: int = _setting("evaluate", "chunk", 512, "tokens in a chunk of that text", least=8)
+
+    output: str = _setting("run", "output", "runs/run", "run folder")
+    seed: int = _setting("run", "seed", 0, "seed", least=0)
+
+
+SETTINGS: Final[Mapping[str, Setting]] = {item.name: item.metadata["setting"] for item in fields(Settings)}
+DEFAULTS: Final[Mapping[str, Any]] = {item.name: item.default for item in fields(Settings)}
+# As they are declared: "int | None" and so on.
+TYPES: Final[Mapping[str, str]] = {item.name: str(item.type) for item in fields(Settings)}
+BUDGET: Final = ("drop", "keep", "max_parameters")
+
+
+def tables() -> dict[str, dict[str, str]]:
+    """Table to key in the file to field."""
+    found: dict[str, dict[str, str]] = {}
+    for name, setting in SETTINGS.items():
+        found.setdefault(setting.table, {})[setting.key] = name
+    return found
