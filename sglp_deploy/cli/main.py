@@ -35,7 +35,7 @@ VERBS = {
     "report": "render a run folder as report.json and report.html",
     "run": "plan, materialize, export, verify, evaluate, bench and report; resumable",
     "show": "print any of our files as a table",
-    "plugins": "list exporters, with the reason when one cannot be used",
+    "plugins": "list exporters and planners, with the reason when one cannot be used",
     "env": "make, list or remove the isolated environments some runtimes need",
     "doctor": "what is installed, what is missing and why, version conflicts",
     "schema": "print the JSON schema of sglp.toml, for editors",

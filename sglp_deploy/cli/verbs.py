@@ -219,16 +219,14 @@ def run_plugins(arguments: argparse.Namespace, console: Console) -> int:
     """``plugins``: every exporter and planner, usable or not."""
     del arguments
     from sglp_deploy import registry
-    from sglp_deploy.cli.ledger import provider
-    from sglp_deploy.planners.registry import PLANNER_GROUP, planner_names
+    from sglp_deploy.planners.registry import planner_names
 
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"kind": "exporter", "name": line.name, "version": line.version, "origin": line.origin, "reason": line.reason}
         for line in registry.plugins()
     ]
-    for name in planner_names():
-        origin = provider(PLANNER_GROUP, name)
-        lines.append({"kind": "planner", "name": name, "version": "", "origin": origin, "reason": None})
+    planners = [_planner_line(name) for name in planner_names()]
+    lines += planners
     rows = [
         (
             line["kind"],
@@ -242,8 +240,37 @@ def run_plugins(arguments: argparse.Namespace, console: Console) -> int:
     text = table(rows, ("kind", "name", "version", "usable", "from, or why not"))
     for name in registry.shadowed():
         text += f"\nleft out: {name} takes the name of a built-in exporter"
+    described = [
+        (line["name"], line["source"], ", ".join(f"{key}={value}" for key, value in line["options"].items()) or "none")
+        for line in planners
+        if not line["reason"]
+    ]
+    text += "\n\n" + table(described, ("planner", "source", "options and their defaults"))
     console.result(text, lines)
     return Exit.DONE
+
+
+def _planner_line(name: str) -> dict[str, Any]:
+    from sglp_deploy.cli.ledger import provider
+    from sglp_deploy.planners.registry import PLANNER_GROUP, planner
+
+    line: dict[str, Any] = {
+        "kind": "planner",
+        "name": name,
+        "version": "",
+        "origin": provider(PLANNER_GROUP, name),
+        "reason": None,
+        "source": "",
+        "options": {},
+    }
+    try:
+        found = planner(name)
+        made = found.Options()
+    except Exception as error:  # noqa: BLE001  # a plugin may fail in any way; it is reported, not hidden
+        return line | {"reason": f"broken: {error}"}
+    # As a user would write them: a default that JSON does not know is a text too.
+    options = {item.name: str(getattr(made, item.name)) for item in fields(found.Options)}
+    return line | {"source": found.source, "options": options}
 
 
 def run_env(arguments: argparse.Namespace, console: Console) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -251,6 +252,26 @@ def test_another_planner_does_not_get_the_options_that_the_file_gives_its_own(th
     assert given(file, "--method", "theirs").plan_options == {}
     assert given(file, "--method", "theirs", "--option", "plan.strength=1").plan_options == {"strength": 1}
     assert given(file, "--method", "sglp").plan_options == {"criterion": "taylor", "n_segments": 4}
+
+
+def test_a_broken_planner_is_listed_with_the_reason_and_breaks_nothing(
+    theirs: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plugins", "-q", "--json"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    line = next(line for line in json.loads(out[-1]) if line["name"] == "theirs")
+    assert line["source"] == "nobody 2020"
+    assert line["options"] == {"criterion": "own", "strength": "0.5", "careful": "False"}
+    assert any("criterion=own, strength=0.5, careful=False" in row for row in out)
+    assert any("criterion=grad-norm, n_segments=None, profile=row_sum" in row for row in out)
+    (tmp_path / "site" / "theirplanner-1.0.dist-info" / "entry_points.txt").write_text(
+        "[sglp_deploy.planners]\ntheirs = theirplanner:Gone\n"
+    )
+    importlib.invalidate_caches()
+    assert main(["plugins", "-q", "--json"]) == 0
+    line = next(line for line in json.loads(capsys.readouterr().out.splitlines()[-1]) if line["name"] == "theirs")
+    assert line["reason"].startswith("broken: ")
+    assert "Gone" in line["reason"]
 
 
 # -------------------------------------------------------------------------------------------------------- flags over it
