@@ -104,7 +104,7 @@ class Overlay:
         return Overlay({**self.tensors, **tensors}, (*self.made_by, record))
 
     def save(self, path: str | Path) -> Path:
-        """Write the file atomically; returns its path.
+        """Write the file atomically; returns its path, which is from now on where the overlay lies.
 
         Raises:
             StorageError: If it cannot be written; an older file stays as it was.
@@ -115,22 +115,23 @@ class Overlay:
         # Contiguous copies: safetensors refuses views into one another.
         whole = {name: tensor.contiguous().clone() for name, tensor in self.tensors.items()}
         with _io.staged_file(file) as staged:
-            save_file(whole, staged, metadata={"format": "pt", "schema": FORMAT})
+            save_file(whole, staged, metadata={"schema": FORMAT})
+        self._path = file
         return file
 
     def check(self, module: nn.Module) -> None:
-        """Refuse tensors that the unpruned ``module`` has not, or has in another shape or type.
+        """Refuse tensors that no checkpoint of the unpruned ``module`` holds, or holds in another shape or type.
 
         Raises:
             PlanError: Naming the first such tensor.
         """
-        there = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
+        there = stored_tensors(module)
         for name, tensor in self.tensors.items():
             own = there.get(name)
             if own is None:
                 raise PlanError(
-                    f"the overlay changes {name}, which the model does not have; it was made for another model; make "
-                    "it again for this one"
+                    f"the overlay changes {name}, which is no stored tensor of the model; it was made for another "
+                    "model; make it again for this one"
                 )
             if own.shape != tensor.shape or own.dtype != tensor.dtype:
                 raise PlanError(
@@ -158,6 +159,19 @@ class Overlay:
                 "belongs to another plan; restore it, or make the plan again"
             )
         return tensors
+
+
+def stored_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and the buffers that checkpoints hold, by every name they have.
+
+    Buffers that a model computes for itself are left out: a change of one would be lost with the next load.
+    """
+    found: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    for path, owner in module.named_modules(remove_duplicate=False):
+        for leaf, buffer in owner.named_buffers(recurse=False):
+            if leaf not in owner._non_persistent_buffers_set:
+                found[f"{path}.{leaf}" if path else leaf] = buffer
+    return found
 
 
 def _digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
