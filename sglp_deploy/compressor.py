@@ -223,6 +223,7 @@ class Compressor:
         artifact: ExportArtifact,
         plan: PruningPlan | None = None,
         *,
+        overlay: str | Path | None = None,
         text: CalibrationSet | None = None,
         threads: int | None = None,
     ) -> ParityReport:
@@ -231,16 +232,18 @@ class Compressor:
         Args:
             artifact: What to certify.
             plan: The plan it was made by; read from the artifact's folder when omitted.
+            overlay: The file of the weights that the plan changes, when it has moved.
             text: Natural text for the prompts; the held-out built-in prose when omitted.
             threads: Threads for both sides.
 
         Raises:
             PlanError: If the artifact belongs to another model or plan.
-            ArtifactError: If the cache of a decoder's graph is not laid out for the pruned model.
+            ArtifactError: If the cache of a decoder's graph is not laid out for the pruned model, or the plan's overlay
+                is missing, damaged or of another plan.
             ConfigError: If its runner cannot generate, where the artifact is of a decoder with a cache.
         """
         return verify_with_plan(
-            artifact, self._loaded, plan, text=text, calibration=self._encoded, threads=threads,
+            artifact, self._loaded, plan, overlay=overlay, text=text, calibration=self._encoded, threads=threads,
             progress=self._stage("verify"),
         )  # fmt: skip
 

@@ -12,10 +12,11 @@ from torch import nn
 
 from sglp_deploy import _io
 from sglp_deploy.artifact import PLAN_FILE
-from sglp_deploy.errors import ArtifactError
+from sglp_deploy.errors import ArtifactError, PlanError, UnsupportedModelError
 from sglp_deploy.models import FAMILIES, LayerStack, ModelSource, adapter_for, layer_stack, quiet_libraries
 from sglp_deploy.models.proof import check_rebuild, prove
 from sglp_deploy.models.settings import check_settings
+from sglp_deploy.overlay import Overlay, stored_tensors
 from sglp_deploy.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -27,12 +28,12 @@ _FOLLOW_DEPTH = {"stage_names", "out_features", "out_indices"}
 
 @dataclass(frozen=True)
 class CompressedModel:
-    """A pruned model in memory; its tensors are shared with the model it came from.
+    """A pruned model in memory; its tensors are shared with the model it came from, but for those of an overlay.
 
     Attributes:
         module: The smaller model, in evaluation mode.
         plan: The plan it realises.
-        source: The model before pruning.
+        source: The model before pruning, and where the plan's overlay lay.
         tokenizer: Travels along into checkpoints; None when the model has none.
     """
 
@@ -70,6 +71,9 @@ def materialize(
 ) -> CompressedModel:
     """Realise ``plan`` on ``module`` without touching it: no weight is copied, no layer of the original is altered.
 
+    A plan that changes weights needs its overlay at hand.  Its tensors take the place of the model's in the kept layers
+    and outside the layers; those of removed layers are ignored.
+
     A family whose facts are not declared is let through only when a model rebuilt from the new configuration computes
     what the original computes with the removed layers passed over.
 
@@ -80,22 +84,95 @@ def materialize(
         tokenizer: Kept beside the model.
 
     Raises:
-        PlanError: If the plan was made for another model.
-        UnsupportedModelError: If no adapter knows the model, a layer to remove must stay, or the proof fails.
-        ArtifactError: If a kept layer's settings and the new configuration disagree, which is a bug.
+        PlanError: If the plan was made for another model, or its overlay is not at hand or does not fit the model.
+        UnsupportedModelError: If no adapter knows the model, a layer to remove must stay, the proof fails, or weights
+            of one layer would change where all layers are one module.
+        ArtifactError: If a kept layer's settings and the new configuration disagree, which is a bug; or if the overlay
+            is damaged or belongs to another plan.
     """
     stack = layer_stack(module, plan.stack)
     plan.check_model(source.fingerprint, stack.n_layers)
     stack.check_removable(plan.drop)
+    overlay = plan.require_weights()
+    if overlay is not None:
+        _check_overlay(overlay, module, stack)
     pruned = select_layers(module, plan.keep, plan.stack)
+    if overlay is not None:
+        put_overlay(pruned, overlay, module, [stack.names[index] for index in plan.drop])
+        if overlay.path is not None:
+            source = replace(source, overlay_file=str(overlay.path))
     changes = adapter_for(module).changes(module, stack, plan.keep)
     _check_configuration(module, pruned, [change.entry for change in changes])
     config: Any = getattr(module, "config", None)
     if plan.drop and adapter_for(module).name == "transformers":
         if config.model_type not in FAMILIES:  # first: of what nobody declared, a difference is no bug
-            prove(module, pruned, stack, plan.keep)
+            prove(module, pruned, stack, plan.keep, overlay)
         check_rebuild(pruned, plan.stack)
     return CompressedModel(pruned, plan, source, tokenizer)
+
+
+def put_overlay(pruned: nn.Module, overlay: Overlay, module: nn.Module, removed: Sequence[str]) -> None:
+    """Give ``pruned`` new parameters with the overlay's values, in place of those it shares with ``module``.
+
+    A tensor's place in the pruned model is where the tensor lies now that has its name in ``module``.  So layers are
+    followed to their new numbers in every library, whatever its containers hold beside layers, and what is tied stays
+    tied: one new parameter under all its names.
+
+    Args:
+        pruned: Made of ``module``; altered.
+        overlay: Fits ``module``.
+        module: The unpruned model.
+        removed: Names of the removed layers; the overlay's tensors of these are ignored.
+
+    Raises:
+        PlanError: If a tensor lies nowhere in the pruned model although its layer was kept.
+    """
+    places: dict[tuple[Any, ...], list[str]] = {}
+    for name, tensor in stored_tensors(pruned).items():
+        places.setdefault(_memory(tensor), []).append(name)
+    there = stored_tensors(module)
+    for name, values in overlay.tensors.items():
+        found = places.get(_memory(there[name]), [])
+        if not found and not any(name.startswith(f"{layer}.") for layer in removed):
+            raise PlanError(
+                f"the overlay changes {name}, which the pruned model does not take over as it is; what depends on the "
+                "kept layers cannot be changed by an overlay; make the overlay again without it"
+            )
+        old, new = there[name], values.to(there[name].device)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        for place in found:
+            owner, _, leaf = place.rpartition(".")
+            setattr(pruned.get_submodule(owner), leaf, new)
+
+
+def _check_overlay(overlay: Overlay, module: nn.Module, stack: LayerStack) -> None:
+    """Refuse an overlay that ``module`` cannot take.
+
+    Raises:
+        PlanError: If a tensor does not fit, or tied names are given different values.
+        UnsupportedModelError: If the layers are one module.
+    """
+    if stack.shares_one_module:
+        raise UnsupportedModelError(
+            f"the layers of {type(module).__name__} are one module run {stack.n_layers} times; an overlay would change "
+            "all of them at once; use a plan without one"
+        )
+    overlay.check(module)
+    there = stored_tensors(module)
+    first: dict[tuple[Any, ...], str] = {}
+    for name, values in overlay.tensors.items():
+        other = first.setdefault(_memory(there[name]), name)
+        if not torch.equal(values, overlay.tensors[other]):
+            raise PlanError(
+                f"the overlay gives {other} and {name} different values; the model has one tensor under both names, so "
+                "only one could hold; give one of the two, or equal values"
+            )
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where a tensor's values lie: equal for tensors that are one and the same, whatever object they are."""
+    return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def with_config_changes(plan: PruningPlan, module: nn.Module, stack: str | None = None) -> PruningPlan:

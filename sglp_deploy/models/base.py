@@ -171,23 +171,28 @@ class ModelSource:
         fingerprint: Digest over configuration and weights; see :func:`sglp_deploy.models.loading.fingerprint`.
         config_digest: Digest of the configuration alone.
         gguf_file: File name inside ``id``'s folder when the weights came from GGUF.
+        overlay_file: Where the overlay lay that was put into this model's pruned one; like ``id`` a place and no part
+            of the identity, and absent from the JSON where there was none.
     """
 
     id: str
     fingerprint: str
     config_digest: str
     gguf_file: str | None = None
+    overlay_file: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The form kept in plans and manifests."""
-        return {
+        value = {
             "id": self.id,
             "fingerprint": self.fingerprint,
             "config_digest": self.config_digest,
             "gguf_file": self.gguf_file,
         }
+        return value if self.overlay_file is None else value | {"overlay_file": self.overlay_file}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ModelSource:
         """Inverse of :meth:`to_json`."""
-        return cls(value["id"], value["fingerprint"], value["config_digest"], value.get("gguf_file"))
+        places = value.get("gguf_file"), value.get("overlay_file")
+        return cls(value["id"], value["fingerprint"], value["config_digest"], *places)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -18,13 +18,25 @@ from sglp_deploy.models.quiet import quiet_libraries
 from sglp_deploy.models.samples import attention_window, sample_inputs
 from sglp_deploy.models.settings import check_settings
 
+if TYPE_CHECKING:
+    from sglp_deploy.overlay import Overlay
+
 _LONGEST = 1024  # tokens; a longer window is not gone beyond, but the settings of its layers are compared all the same
 # Rebuilt and original run the same operations on the same numbers; what is left is the order of a few sums.
 _RELATIVE = 1e-4
 
 
-def prove(module: nn.Module, pruned: nn.Module, stack: LayerStack, keep: Sequence[int]) -> None:
+def prove(
+    module: nn.Module, pruned: nn.Module, stack: LayerStack, keep: Sequence[int], overlay: Overlay | None = None
+) -> None:
     """Compare a model rebuilt from the pruned configuration with ``module`` whose other layers hand their input on.
+
+    Args:
+        module: The unpruned model.
+        pruned: The pruned one, with the overlay's tensors in it.
+        stack: The layers of ``module``.
+        keep: Those that stay.
+        overlay: Put into ``module`` for the comparison.
 
     Raises:
         UnsupportedModelError: If it cannot be rebuilt or run, or computes something else.
@@ -37,7 +49,7 @@ def prove(module: nn.Module, pruned: nn.Module, stack: LayerStack, keep: Sequenc
             rebuilt.load_state_dict(pruned.state_dict(), strict=True)
         rebuilt = rebuilt.to(next(pruned.parameters()).device)
         inputs = sample_inputs(module, tokens=_length(config))
-        with torch.no_grad(), passed_over(stack, keep):
+        with torch.no_grad(), overlaid(module, overlay), passed_over(stack, keep):
             wanted = outputs(module(**inputs))
         with torch.no_grad():
             got = outputs(rebuilt(**inputs))
@@ -111,6 +123,28 @@ def passed_over(stack: LayerStack, keep: Sequence[int]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def overlaid(module: nn.Module, overlay: Overlay | None) -> Iterator[None]:
+    """The unpruned ``module`` computes with the overlay's tensors, each under its own name, and then as before.
+
+    It shares nothing with the way :mod:`sglp_deploy.materialize` puts them into the pruned model, which keeps its own
+    parameters meanwhile: the values are exchanged here, not the parameters.
+    """
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        if overlay is not None:
+            there: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
+            there |= dict(module.named_buffers(remove_duplicate=False))
+            for name, tensor in overlay.tensors.items():
+                own = there[name]
+                before.append((own, own.data))
+                own.data = tensor.to(own.device)
+        yield
+    finally:
+        for own, data in reversed(before):  # both names of a tie may have been given
+            own.data = data
 
 
 def _length(config: Any) -> int:

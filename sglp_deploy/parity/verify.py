@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -18,8 +19,9 @@ from sglp_deploy.artifact import BEYOND_WINDOW, DECODE_STEPS, PAST, PLAN_FILE, E
 from sglp_deploy.errors import ArtifactError, ConfigError, PlanError
 from sglp_deploy.materialize import CompressedModel
 from sglp_deploy.models import layer_stack, precision
-from sglp_deploy.models.proof import passed_over
+from sglp_deploy.models.proof import overlaid, passed_over
 from sglp_deploy.models.samples import attention_window, generates, main_input
+from sglp_deploy.overlay import OVERLAY_FILE
 from sglp_deploy.parity.cache import check_cache_layout
 from sglp_deploy.parity.certificate import ParityReport
 from sglp_deploy.parity.decoder import check_parity, prompt_cases
@@ -46,6 +48,7 @@ def verify_with_plan(
     loaded: LoadedModel,
     plan: PruningPlan | None,
     *,
+    overlay: str | Path | None = None,
     text: CalibrationSet | None = None,
     calibration: Callable[[], TokenBatches],
     threads: int | None = None,
@@ -57,13 +60,15 @@ def verify_with_plan(
         artifact: What to certify.
         loaded: The unpruned model, its tokenizer and its identity.
         plan: The plan the artifact was made by; read from its folder when None.
+        overlay: The file of the weights that the plan changes; looked for where it can be expected when None.
         text: Natural text for the prompts; the held-out built-in prose when omitted.
         calibration: Rows for the prompts of a model without a tokenizer.
         threads: Threads for both sides.
         progress: Called with (cases done, cases in all).
 
     Raises:
-        PlanError: If the artifact belongs to another model or plan.
+        PlanError: If the artifact belongs to another model or plan, or an overlay is given and the plan has none.
+        ArtifactError: If the plan's overlay is nowhere to be found, damaged, or of another plan.
     """
     plan = plan or PruningPlan.load(artifact.path / PLAN_FILE)
     if plan.digest() != artifact.plan_digest:
@@ -71,6 +76,8 @@ def verify_with_plan(
             f"the artifact in {artifact.path} was made by another plan ({artifact.plan_digest[:12]}, not "
             f"{plan.digest()[:12]}); a certificate would be about something else; give the plan it was made by"
         )
+
+    plan = _with_weights(plan, artifact, overlay)
 
     def tokens() -> NDArray[np.int64]:
         if text is None and loaded.tokenizer is None:
@@ -84,6 +91,29 @@ def verify_with_plan(
     return verify_artifact(artifact, loaded.module, pruned, tokens=tokens, threads=threads, progress=progress)
 
 
+def _with_weights(plan: PruningPlan, artifact: ExportArtifact, given: str | Path | None) -> PruningPlan:
+    """``plan`` with its overlay: the one given, one that is at hand, the recorded file, or that of the run folder.
+
+    An artifact's folder holds none: other programs load every ``*.safetensors`` file they find in one.
+    """
+    if given is not None:
+        return plan.with_weights_from(given)
+    if plan.overlay is None or plan.weights is not None:
+        return plan
+    recorded = artifact.model.get("overlay_file")
+    # An artifact of a run lies in artifacts/NAME, its checkpoint one level higher.
+    places = [Path(recorded)] if recorded else []
+    places += [above / OVERLAY_FILE for above in artifact.path.absolute().parents[:2]]
+    for place in places:
+        if place.is_file():
+            return plan.with_weights_from(place)
+    digest = str(plan.overlay["digest"])[:12]
+    raise ArtifactError(
+        f"the weights that the plan of {artifact.path} changes (digest {digest}) are not at hand; {places[0]} does not "
+        "exist, and without them nothing is known to compare with; name the file with --overlay (verify(overlay=...))"
+    )
+
+
 def verify_artifact(
     artifact: ExportArtifact,
     original: nn.Module,
@@ -95,10 +125,11 @@ def verify_artifact(
 ) -> ParityReport:
     """Compare an artifact with the unpruned model whose removed layers hand on what they are given.
 
-    The reference shares nothing with what made the artifact: no sliced configuration, no copied or renumbered layer,
-    no file.  An artifact that is a checkpoint is also compared bit for bit with the pruned model in memory.  One whose
-    stored weights are of another type than its manifest says fails, and where one fails the certificate names the
-    tensor and the layer, as far as they can be known (:mod:`sglp_deploy.parity.diagnosis`).
+    Weights that the plan changes are loaded into it under the names they have there.  The reference shares nothing with
+    what made the artifact: no sliced configuration, no copied or renumbered layer, no mapping of names, no file.  An
+    artifact that is a checkpoint is also compared bit for bit with the pruned model in memory.  One whose stored
+    weights are of another type than its manifest says fails, and where one fails the certificate names the tensor and
+    the layer, as far as they can be known (:mod:`sglp_deploy.parity.diagnosis`).
 
     Args:
         artifact: What to certify.
@@ -191,13 +222,20 @@ def _difference(exporter: Any, artifact: ExportArtifact, pruned: CompressedModel
 
 @contextmanager
 def _reference(original: nn.Module, pruned: CompressedModel, threads: int | None) -> Iterator[TorchRunner]:
-    """The unpruned model with the removed layers passed over; layers that are one module cannot be told apart."""
+    """The unpruned model with the overlay under its own names and the removed layers passed over.
+
+    Layers that are one module cannot be told apart; such a model takes no overlay.
+    """
     stack = layer_stack(original, pruned.plan.stack)
     if stack.shares_one_module:
         with TorchRunner(pruned.module, threads=threads) as runner:
             yield runner
     else:
-        with passed_over(stack, pruned.plan.keep), TorchRunner(original, threads=threads) as runner:
+        with (
+            overlaid(original, pruned.plan.require_weights()),
+            passed_over(stack, pruned.plan.keep),
+            TorchRunner(original, threads=threads) as runner,
+        ):
             yield runner
 
 

@@ -204,6 +204,9 @@ def test_the_fingerprint_tells_weights_and_settings_apart() -> None:
 def test_the_source_survives_json() -> None:
     source = ModelSource("a/b", "f", "c", "weights.gguf")
     assert ModelSource.from_json(source.to_json()) == source
+    assert source.to_json().keys() == {"id", "fingerprint", "config_digest", "gguf_file"}  # as before overlays
+    with_overlay = ModelSource("a/b", "f", "c", None, "runs/x/overlay.safetensors")
+    assert ModelSource.from_json(with_overlay.to_json()) == with_overlay
 
 
 @pytest.mark.parametrize(
