@@ -39,6 +39,8 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         parser.error(f"{', '.join(f'--{flag}' for flag, _ in moved)}: an option of the planner now; write {now}")
     if arguments.verb == "export" and arguments.baseline == bool(arguments.plan):
         parser.error("export takes a plan or --baseline, one of the two")
+    if arguments.verb == "export" and arguments.baseline and arguments.overlay:
+        parser.error("--overlay goes with a plan; the baseline changes no weights")
     if arguments.verb == "env" and (arguments.action == "list") == (arguments.name is not None):
         parser.error(f"env {arguments.action} takes {'no name' if arguments.action == 'list' else 'a NAME'}")
     by_hand = getattr(arguments, "drop_layers", None) is not None
@@ -72,6 +74,7 @@ def _plan(parser: argparse.ArgumentParser) -> None:
 def _materialize(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     parser.add_argument("plan", help="plan.json")
+    _overlay(parser)
     parser.add_argument(*_OUTPUT, required=True, help="folder to write")
 
 
@@ -83,12 +86,14 @@ def _export(parser: argparse.ArgumentParser) -> None:
         "--option", action="append", type=_option, metavar="KEY=VALUE", help="an option of that format; may be repeated"
     )
     parser.add_argument("--baseline", action="store_true", help="keep every layer")
+    _overlay(parser)
     parser.add_argument(*_OUTPUT, required=True, help="folder to write")
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", help="artifact folder")
     parser.add_argument("--model", help="the unpruned model, when it has moved since the export")
+    _overlay(parser)
     parser.add_argument("--text", help="text for the prompts (default: built-in prose)")
     parser.add_argument(*_OUTPUT, help="file to write as well (parity.json is left in the artifact's folder)")
     _loading(parser)
@@ -170,6 +175,10 @@ _ARGUMENTS: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
 def _model(parser: argparse.ArgumentParser, **changes: Any) -> None:
     parser.add_argument("model", **{"help": SETTINGS["model"].text, **changes})
     _loading(parser)
+
+
+def _overlay(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overlay", metavar="FILE", help="weights the plan changes, when they are not beside it")
 
 
 def _loading(parser: argparse.ArgumentParser) -> None:

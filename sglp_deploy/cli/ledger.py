@@ -17,17 +17,19 @@ from sglp_deploy import _io
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, ConfigError
 from sglp_deploy.isolation import lock
+from sglp_deploy.overlay import OVERLAY_FILE
 
 RUN_FILE = "run.json"
 SCHEMA = "run/2"  # history: 1 = first; 2 = a stage keeps the answer to a question about its outputs
 
 # Every name a run writes at the top of its folder; anything else there belongs to somebody.
-_LAYOUT = {RUN_FILE, "plan.json", "quality.json", "checkpoint", "artifacts", "parity", "bench", "report"}
+_LAYOUT = {RUN_FILE, "plan.json", OVERLAY_FILE, "quality.json", "checkpoint", "artifacts", "parity", "bench", "report"}
 
 # Where a killed run can have left a temporary name, and nowhere else: the folder may hold a user's own files too.
 _LEFTOVERS = (
     ".run.json.*.tmp",
     ".plan.json.*.tmp",
+    f".{OVERLAY_FILE}.*.tmp",
     ".quality.json.*.tmp",
     ".checkpoint.*.partial",
     ".checkpoint.*.old",
@@ -182,7 +184,7 @@ def remove_strangers(root: Path, outputs: Iterable[str]) -> list[str]:
     """
     wanted = [root / output for output in outputs]
     found = {file.parent for file in root.glob("artifacts/*/manifest.json")}
-    found |= set(root.glob("parity/*.json"))
+    found |= {*root.glob(OVERLAY_FILE), *root.glob("parity/*.json")}
     found |= {file.parent for name in ("result", "comparison") for file in root.glob(f"bench/*/{name}.json")}
     found |= {folder.parent for folder in root.glob("bench/all/blocks")}
     strangers = [path for path in sorted(found) if not any(want.is_relative_to(path) for want in wanted)]

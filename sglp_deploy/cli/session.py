@@ -122,6 +122,20 @@ def make_plan(made: Compressor, config: RunConfig, *, keep_matrix: bool = True) 
     )
 
 
+def read_plan(file: str, overlay: str | None) -> PruningPlan:
+    """The plan in ``file`` with the weights it changes: those in ``overlay``, or beside it when None.
+
+    Raises:
+        ArtifactError: If there is no such plan or overlay.
+        PlanError: If the plan names an overlay that is not at hand, or none and one is given.
+    """
+    plan = PruningPlan.load(file)
+    if overlay is not None:
+        plan = plan.with_weights_from(overlay)
+    plan.require_weights()  # before a model is loaded for it
+    return plan
+
+
 def use_recorded_model(arguments: argparse.Namespace, artifact: ExportArtifact) -> None:
     """Fill in the model and the element type an artifact was made from, where the user names none.
 

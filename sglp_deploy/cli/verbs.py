@@ -32,6 +32,7 @@ def run_plan(arguments: argparse.Namespace, console: Console) -> int:
         compressor = session.compressor(config, console)
         plan = session.make_plan(compressor, config, keep_matrix=not arguments.no_matrix)
     plan.save(arguments.output)
+    plan.save_overlay(Path(arguments.output).parent)
     from sglp_deploy.cli.show import describe
 
     console.result(describe(plan.to_json()) + f"\n\nwritten to {arguments.output}", plan.to_json())
@@ -41,10 +42,9 @@ def run_plan(arguments: argparse.Namespace, console: Console) -> int:
 def run_materialize(arguments: argparse.Namespace, console: Console) -> int:
     """``materialize``: write the shallower checkpoint."""
     from sglp_deploy.cli import session
-    from sglp_deploy.plan import PruningPlan
 
     session.check_output_folder(arguments.output)
-    plan = PruningPlan.load(arguments.plan)
+    plan = session.read_plan(arguments.plan, arguments.overlay)
     compressor = session.plain_compressor(arguments, console)
     folder = compressor.save(plan, arguments.output)
     console.result(
@@ -59,10 +59,9 @@ def run_export(arguments: argparse.Namespace, console: Console) -> int:
     from sglp_deploy import registry
     from sglp_deploy.cli import session
     from sglp_deploy.cli.show import describe
-    from sglp_deploy.plan import PruningPlan
 
     session.check_output_folder(arguments.output)
-    plan = PruningPlan.load(arguments.plan) if arguments.plan else None
+    plan = session.read_plan(arguments.plan, arguments.overlay) if arguments.plan else None
     registry.exporter(arguments.to)  # an unknown name is refused before the model is loaded
     compressor = session.plain_compressor(arguments, console)
     options = dict(arguments.option or ())
@@ -81,7 +80,9 @@ def run_verify(arguments: argparse.Namespace, console: Console) -> int:
     artifact = ExportArtifact.load(arguments.artifact)
     session.use_recorded_model(arguments, artifact)
     text = session.own_text(arguments.text, max_tokens=8_192)
-    report = session.plain_compressor(arguments, console).verify(artifact, text=text, threads=arguments.threads)
+    report = session.plain_compressor(arguments, console).verify(
+        artifact, overlay=arguments.overlay, text=text, threads=arguments.threads
+    )
     if arguments.output:
         report.save(arguments.output)
     _keep_certificate(report, artifact, console, written=arguments.output)
