@@ -61,7 +61,7 @@ class Engine:
         settings: Mapping[str, Any],
         upstream: Sequence[str],
         outputs: Sequence[str],
-        work: Callable[[], None],
+        work: Callable[[], Sequence[str] | None],
     ) -> str:
         """Run ``work`` unless it was done with the same inputs and its outputs are intact.
 
@@ -70,7 +70,7 @@ class Engine:
             settings: What it reads, as JSON.
             upstream: Products of the stages it depends on.
             outputs: What it writes, by path in the run folder.
-            work: Writes them.
+            work: Writes them, and returns what it wrote beside them, which only it can know.
 
         Returns:
             The product: equal for equal results.
@@ -81,7 +81,8 @@ class Engine:
         key = _io.sha256_json([name, dict(settings), list(upstream), dict(self.versions)])
         self.order.append(name)
         before = self.stages.get(name)
-        if before is not None and before.key == key and before.state == "done" and before.intact(self.root, outputs):
+        kept = before is not None and before.key == key and before.state == "done"
+        if before is not None and kept and before.intact(self.root, {*outputs, *before.outputs}):
             before.note = "kept"
             self.note(f"{name}: kept, its inputs have not changed")
             return before.product
@@ -91,13 +92,13 @@ class Engine:
         self.stages[name] = ledger.Stage(key, "running")
         self.save()
         try:
-            work()
+            more = work() or ()
         except SGLPError as error:
             self.stages[name] = ledger.Stage(key, "failed", time.perf_counter() - started, note=str(error))
             self.save()
             raise
         elapsed = time.perf_counter() - started
-        digests = {output: ledger.output_digest(self.root / output) for output in outputs}
+        digests = {output: ledger.output_digest(self.root / output) for output in (*outputs, *more)}
         product = self._product(digests)
         self.stages[name] = ledger.Stage(key, "done", elapsed, digests, product)
         self.save()

@@ -127,10 +127,12 @@ class Pipeline:
 
     # ------------------------------------------------------------------------------------------------ stages
 
-    def _make_plan(self) -> None:
+    def _make_plan(self) -> list[str]:
         plan = session.make_plan(self._loaded(), self._config)
         plan.save(self._root / "plan.json")
+        overlay = plan.save_overlay(self._root)
         self._console.note(f"plan: remove layers {', '.join(map(str, plan.drop)) or 'none'}")
+        return [] if overlay is None else [overlay.name]
 
     def _make_artifacts(self, plan: PruningPlan, planned: str, model: str) -> dict[str, str]:
         """The checkpoint and every format asked for, with its baseline where it will be measured; name to product."""

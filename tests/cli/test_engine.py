@@ -166,3 +166,26 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
         pytest.raises(ConfigError, match=r"another run is writing to .*; two would mix their files; wait for it, or"),
     ):
         Run(tmp_path / "run").go()
+
+
+def test_what_a_stage_wrote_beside_its_outputs_is_an_output_too(tmp_path: Path) -> None:
+    def go(content: str) -> Run:
+        run = Run(tmp_path / "run")
+
+        def work() -> list[str]:
+            run.write("first", "a")()
+            _io.write_text(tmp_path / "run" / "more.txt", content)
+            return ["more.txt"]
+
+        with run.engine.opened():
+            product = run.engine.stage("first", {}, [], ["first.txt"], work)
+            run.engine.stage("second", {}, [product], ["second.txt"], run.write("second", "b"))
+        assert "more.txt" in run.engine.outputs()
+        return run
+
+    assert go("x").ran == ["first", "second"]
+    assert go("x").ran == []
+    (tmp_path / "run" / "more.txt").write_text("damaged")
+    assert go("x").ran == ["first"]
+    (tmp_path / "run" / "more.txt").unlink()
+    assert go("other").ran == ["first", "second"]
