@@ -18,6 +18,7 @@ from torch import nn
 import tiny
 import zoo
 import zoo_vision
+from overlays import overlay_of
 from sglp_deploy.errors import ArtifactError, UnsupportedModelError
 from sglp_deploy.materialize import CompressedModel, materialize, save_checkpoint, select_layers
 from sglp_deploy.models import adapter_for, adapter_of_folder, fingerprint, layer_stack, load_model, source_of
@@ -240,6 +241,21 @@ def test_the_pruned_model_shares_every_tensor_and_leaves_the_original_alone(case
     assert {tensor.data_ptr() for tensor in pruned.state_dict().values()} <= mine
     assert not pruned.training
     assert torch.equal(_run(module), before)
+
+
+@EVERY
+def test_an_overlay_goes_where_the_constructor_puts_its_tensors(case: Case) -> None:
+    """Stems and last convolutions share a container with the layers in some; all of them move."""
+    module = copy.deepcopy(_model(case))
+    overlay = overlay_of(module)
+    before = _run(module)
+    got = _run(
+        materialize(module, tiny.plan_for(module, case.keep).with_overlay(overlay), source_of(module, "m")).module
+    )
+    assert torch.equal(_run(module), before)
+    module.load_state_dict(dict(overlay.tensors), strict=False)
+    _close(got, _passed_over(module, case.keep))
+    assert float((_run(module) - before).abs().max()) > 0.01 * float(before.abs().max())
 
 
 @EVERY
