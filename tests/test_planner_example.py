@@ -14,12 +14,15 @@ import pytest
 
 import cli_runs
 from installing import pip_install
-from sglp_deploy import Compressor
+from sglp_bench import Comparison
+from sglp_deploy import Compressor, ParityReport
+from sglp_deploy.cli import pipeline
 from sglp_deploy.cli.main import main
 from sglp_deploy.evidence.text import CalibrationSet
 from sglp_deploy.plan import PruningPlan
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "planner_example"
+EXPORTER = Path(__file__).parents[1] / "examples" / "plugin_example"
 MODULE = "sglp_greedy_loss"
 
 
@@ -92,3 +95,21 @@ def test_a_run_plans_with_it(site: Path, model: Path, tmp_path: Path) -> None:
     assert main([*arguments, "--option", "plan.protect_ends=2"]) == 0
     value = json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))
     assert (value["drop"], value["method"]) == ([2, 3], "greedy-loss")
+
+
+@pytest.mark.slow
+def test_a_run_plans_with_a_third_party_s_planner_and_measures_a_third_party_s_exporter(
+    site: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "run_arms", cli_runs.fake_run_arms)  # blocks in processes of their own take minutes
+    shutil.copytree(EXPORTER, tmp_path / EXPORTER.name)
+    pip_install(tmp_path / EXPORTER.name, site)
+    importlib.invalidate_caches()
+    arguments = cli_runs.run_arguments(model, tmp_path / "run", "--method", "greedy-loss", to="torch-export")
+    assert main([*arguments, "--option", "plan.protect_ends=2"]) == 0
+    assert PruningPlan.load(tmp_path / "run" / "plan.json").drop == (2, 3)
+    for name in ("torch-export", "torch-export-baseline"):
+        assert ParityReport.load(tmp_path / "run" / "parity" / f"{name}.json").passed
+    comparison = Comparison.load(tmp_path / "run" / "bench" / "torch-export" / "comparison.json")
+    assert {arm["artifact"]["format"] for arm in comparison.arms.values()} == {"torch-export"}
+    assert {"prefill_latency_s", "decode_latency_s_per_token"} <= comparison.metrics.keys()
