@@ -26,6 +26,7 @@ from sglp_deploy.cli import session
 from sglp_deploy.cli.console import Console
 from sglp_deploy.cli.main import main
 from sglp_deploy.plan import PruningPlan
+from sglp_exporters.onnx.exporter import OnnxExporter
 
 VERBS = ("plan", "materialize", "export", "verify", "bench", "evaluate", "report", "run", "show", "plugins", "doctor")
 
@@ -259,7 +260,7 @@ def test_a_traced_export_leaves_stdout_to_the_answer_and_stderr_empty_when_quiet
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the file descriptors, because libraries also write past Python's streams."""
-    monkeypatch.setattr("sglp_exporters.onnx.OnnxExporter._template", None)  # or an earlier test's trace would be used
+    monkeypatch.setattr(OnnxExporter, "_template", None)  # or an earlier test's trace would be used
     onnx = tmp_path / "onnx"
     assert main(["export", str(model), "--baseline", "--to", "onnx", "-o", str(onnx), "--json", "-q"]) == 0
     out, err = capfd.readouterr()
