@@ -256,5 +256,6 @@ _VIEWS: dict[str, Callable[[Json], str]] = {
     "result/1": _result,
     "result/2": _result,
     "run/1": _run,
+    "run/2": _run,
     "similarity/1": _similarity,
 }

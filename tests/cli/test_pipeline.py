@@ -58,7 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _planted_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "run_arms", cli_runs.fake_run_arms)
+    cli_runs.quick(monkeypatch)
 
 
 def again(model: Path, run: Path, *more: str, code: int = 0, to: str = "onnx,vllm", drop: str = "2") -> list[str]:

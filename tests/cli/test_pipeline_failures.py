@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "run_arms", cli_runs.fake_run_arms)
+    cli_runs.quick(monkeypatch)
 
 
 def _break(monkeypatch: pytest.MonkeyPatch, method: str, error: Exception) -> None:

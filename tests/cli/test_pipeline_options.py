@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _planted_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "run_arms", cli_runs.fake_run_arms)
+    cli_runs.quick(monkeypatch)
 
 
 def stages(run: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from sglp_deploy.errors import BackendError, SGLPError
 from sglp_deploy.parity.certificate import ParityReport
 from sglp_exporters.onnx.exporter import OnnxExporter
 from sglp_exporters.runners import stored_weights
+from short_certificates import fewer_steps
 
 KEEP = tiny.KEEP["llama"]
 MATRIX = "model.layers.2.mlp.up_proj"  # of the pruned model
@@ -290,7 +291,7 @@ class Made:
 @pytest.fixture(scope="module")
 def made(exported: Callable[[str], Exported], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     with pytest.MonkeyPatch.context() as patch:
-        mutations.fewer_steps(patch)
+        fewer_steps(patch)
         patch.setattr(OnnxExporter, "_template", exported("llama").template)  # the trace the whole session shares
         yield Made(tmp_path_factory.mktemp("right"))
 

@@ -15,6 +15,7 @@ import pytest
 
 import mutations
 from mutations import BY_NAME, ONNX_SUBJECTS, SUBJECTS, Bench
+from short_certificates import fewer_steps
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "verification.md"
 
@@ -23,7 +24,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "verification.md"
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     mutations.forget_trace()
     with pytest.MonkeyPatch.context() as patch:
-        mutations.fewer_steps(patch)
+        fewer_steps(patch)
         yield Bench(tmp_path_factory.mktemp("right"))
     mutations.forget_trace()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -15,12 +14,14 @@ import pytest
 
 import bench_results
 import tiny
+from once import once
 from sglp_bench.judge.certificates import require_certificates
 from sglp_bench.result import BenchmarkResult, artifact_facts
 from sglp_bench.workloads.generate import Workload
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.cli import pipeline
 from sglp_deploy.cli.main import main
+from short_certificates import fewer_steps
 
 ROOT = Path(__file__).parents[2]
 # Small enough for a test, large enough for six layers to be told apart.
@@ -44,29 +45,27 @@ def fake_run_arms(arms: Mapping[str, ExportArtifact], workload: Workload, **opti
     return replace(planted, baseline=base, arms=made)
 
 
-# One of each for a whole test session, whichever module asks first; fixtures would make one for each module.
-@functools.cache
-def _model(base: Path) -> Path:
-    return tiny.save_tiny(base / "cli-model" / "llama")
+def quick(patch: pytest.MonkeyPatch) -> None:
+    """Runs of the whole line take planted times and certificates of few steps."""
+    patch.setattr(pipeline, "run_arms", fake_run_arms)
+    fewer_steps(patch)
 
 
-@functools.cache
-def _finished(base: Path) -> Path:
-    folder = base / "cli-run" / "demo"
+def _finish(model: Path, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "run_arms", fake_run_arms)
-        assert main(run_arguments(_model(base), folder)) == 0
-    return folder
+        quick(patch)
+        assert main(run_arguments(model, folder)) == 0
 
 
 def tiny_model(factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder of six layers; not to be changed."""
-    return _model(factory.getbasetemp())
+    return once(factory, "cli-model/llama", tiny.save_tiny)
 
 
 def finished_run(factory: pytest.TempPathFactory) -> Path:
     """The finished run; not to be changed, so copy it first."""
-    return _finished(factory.getbasetemp())
+    model = tiny_model(factory)
+    return once(factory, "cli-run/demo", lambda folder: _finish(model, folder))
 
 
 def run_arguments(model: Path, folder: Path, *more: str, to: str = "onnx,vllm", drop: str = "2") -> list[str]:

@@ -29,9 +29,7 @@ from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, BackendError, PlanError, SGLPError, UnsupportedModelError
 from sglp_deploy.models import LoadedModel, ModelSource, source_of
 from sglp_deploy.models.transformers import adapter as hub
-from sglp_deploy.parity import ParityReport, check_parity
-from sglp_deploy.parity import decoder as parity
-from sglp_deploy.parity import verify as verification
+from sglp_deploy.parity import ParityReport
 from sglp_deploy.plan import PruningPlan
 from sglp_exporters.onnx.exporter import OnnxExporter
 
@@ -570,7 +568,7 @@ class Bench:
         try:
             artifact = ExportArtifact.load(folder)
             text = CalibrationSet.builtin_held_out(max_tokens=400, sequence_length=200)
-            return verdict(Compressor(self.loaded(subject)).verify(artifact, text=text))
+            return verdict(Compressor(self.loaded(subject)).verify(artifact, text=text, threads=1))
         except SGLPError as error:
             return classify(error)
 
@@ -582,16 +580,6 @@ class Bench:
         except SGLPError as error:
             return classify(error)
         return self.verify(subject, out)
-
-
-def fewer_steps(patch: pytest.MonkeyPatch) -> None:
-    """One prompt and two decoding steps in place of three and 32: the same comparison, in a fraction of the time."""
-
-    def shorter(*given: Any, **named: Any) -> ParityReport:
-        return check_parity(*given, **named, decode_steps=2)
-
-    patch.setattr(verification, "check_parity", shorter)
-    patch.setattr(parity, "PROMPT_TOKENS", (9,))
 
 
 def forget_trace() -> None:

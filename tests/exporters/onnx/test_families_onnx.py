@@ -18,8 +18,10 @@ from sglp_deploy.compressor import Compressor
 from sglp_deploy.errors import SGLPError
 from sglp_deploy.models import LoadedModel, layer_stack, source_of
 from sglp_deploy.models.samples import generates
+from sglp_deploy.parity import decoder
 from sglp_deploy.protocols import GeneratingRunner
 from sglp_exporters.onnx.exporter import OnnxExporter
+from short_certificates import fewer_steps
 
 # More than ten seconds each, or a near relative of a family that is always run.
 SLOW = {
@@ -54,6 +56,12 @@ CASES = [
 def no_template(monkeypatch: pytest.MonkeyPatch) -> None:
     """What another test traced must not serve this one."""
     monkeypatch.setattr(OnnxExporter, "_template", None)
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All prompts of a certificate, and six decoding steps after each in place of 32, which are most of its time."""
+    fewer_steps(monkeypatch, steps=6, prompts=decoder.PROMPT_TOKENS)
 
 
 @pytest.mark.parametrize(("specimen", "side"), CASES)

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 import tiny
 import zoo
+from exports import Exported
 from sglp_deploy import registry
 from sglp_deploy.artifact import MANIFEST, ExportArtifact
 from sglp_deploy.compressor import Compressor
@@ -29,6 +31,7 @@ from sglp_deploy.isolation import environments
 from sglp_deploy.models import LoadedModel, source_of
 from sglp_deploy.plan import PruningPlan
 from sglp_deploy.protocols import Exporter, GeneratingRunner
+from sglp_exporters.onnx.exporter import OnnxExporter
 from sglp_exporters.optimum.exporter import OptimumExporter
 
 
@@ -112,8 +115,9 @@ class ORTModelForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
+def graph(exported: Callable[[str], Exported], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
     """The graph of the pruned model, and the tokens it continues the exporter's prompt with."""
+    OnnxExporter._template = exported("llama").template
     compressor, plan = _pruned()
     artifact = compressor.export(plan, "onnx", tmp_path_factory.mktemp("graph") / "onnx")
     prompt = [(7 + 31 * index) % tiny.VOCAB_SIZE for index in range(8)]
