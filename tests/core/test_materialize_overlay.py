@@ -101,9 +101,10 @@ def test_equal_values_for_both_ends_of_a_tie_are_one_and_different_ones_are_refu
     both = {"model.embed_tokens.weight": value, "lm_head.weight": value.clone()}
     pruned: Any = _pruned(module, (0, 2, 3, 5), Overlay(both)).module
     assert pruned.lm_head.weight is pruned.model.embed_tokens.weight
-    with pytest.raises(
-        PlanError, match=r"gives lm_head\.weight and model\.embed_tokens\.weight different values, and "
-    ):
+    message = (
+        r"gives lm_head\.weight and model\.embed_tokens\.weight different values; .* could hold; give one of the two"
+    )
+    with pytest.raises(PlanError, match=message):
         _pruned(module, (0, 2, 3, 5), Overlay(both | {"lm_head.weight": value + 1}))
 
 
