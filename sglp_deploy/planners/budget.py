@@ -149,7 +149,7 @@ class LayerFacts(Protocol):
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Layers that can only go together, or empty."""
+        """Layers that can only go together (whole periods of a pattern), or empty."""
         ...
 
 

@@ -14,43 +14,18 @@ from numpy.typing import NDArray
 
 from sglp_deploy.errors import PlanError
 from sglp_deploy.evidence.statistics import LayerStats
-from sglp_deploy.planners.budget import Budget
+from sglp_deploy.planners.budget import Budget, LayerFacts
 
 Matrix = tuple[tuple[float, ...], ...]
 Groups = tuple[tuple[int, ...], ...]
 
 
-class Evidence(Protocol):
-    """What a planner may look at; measured when it is asked for, and kept."""
+class Evidence(LayerFacts, Protocol):
+    """What a planner may look at, beside the facts of the layers; measured when it is asked for, and kept."""
 
     @property
     def seed(self) -> int:
         """For methods that draw at random."""
-        ...
-
-    @property
-    def groups(self) -> Groups:
-        """Layers that can only go together (whole periods of a pattern), or empty."""
-        ...
-
-    @property
-    def n_layers(self) -> int:
-        """L."""
-        ...
-
-    @property
-    def prunable(self) -> tuple[bool, ...]:
-        """Whether each layer may be removed (L)."""
-        ...
-
-    @property
-    def parameters(self) -> NDArray[np.int64]:
-        """Parameters in each layer (L)."""
-        ...
-
-    @property
-    def other_parameters(self) -> int:
-        """Parameters outside the layers, tied ones counted once."""
         ...
 
     @property
