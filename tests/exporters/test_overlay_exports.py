@@ -21,13 +21,14 @@ from sglp_deploy.models import LoadedModel, source_of
 from sglp_deploy.overlay import OVERLAY_FILE, Overlay
 from sglp_deploy.parity.certificate import ParityReport
 from sglp_deploy.plan import PruningPlan
+from short_certificates import fewer_steps
 
 KEEP = {"llama": (0, 2, 3, 5), "llama-untied": (0, 2, 3, 5), "gemma3": (0, 2, 5, 6), "gpt2": (0, 2, 3, 5)}
 
 
 @pytest.fixture(autouse=True)
 def _fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    mutations.fewer_steps(monkeypatch)
+    fewer_steps(monkeypatch)
 
 
 def _compressor(family: str) -> Compressor:

@@ -12,6 +12,7 @@ import mutations
 import mutations_overlay
 from mutations import BY_NAME, ONNX_SUBJECTS, SUBJECTS
 from mutations_overlay import OverlayBench
+from short_certificates import fewer_steps
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "verification.md"
 FORMATS = [(subject.name, "torch") for subject in SUBJECTS] + [(family, "onnx") for family in ONNX_SUBJECTS]
@@ -21,7 +22,7 @@ FORMATS = [(subject.name, "torch") for subject in SUBJECTS] + [(family, "onnx") 
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OverlayBench]:
     mutations.forget_trace()
     with pytest.MonkeyPatch.context() as patch:
-        mutations.fewer_steps(patch)
+        fewer_steps(patch)
         yield OverlayBench(tmp_path_factory.mktemp("right"))
     mutations.forget_trace()
 
