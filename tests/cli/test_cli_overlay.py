@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import cli_runs
 from overlays import overlay_of
 from sglp_deploy.artifact import ExportArtifact
-from sglp_deploy.cli import pipeline, session
+from sglp_deploy.cli import session
 from sglp_deploy.cli.main import main
 from sglp_deploy.compressor import Compressor
 from sglp_deploy.models import load_model
@@ -163,7 +163,7 @@ def test_plan_writes_the_weights_beside_the_plan(
 @pytest.fixture
 def run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished run of ``--to vllm`` whose plan changes weights."""
-    monkeypatch.setattr(pipeline, "run_arms", cli_runs.fake_run_arms)
+    cli_runs.quick(monkeypatch)
     with pytest.MonkeyPatch.context() as patch:
         _with_weights(patch, LAYER, NORM)
         assert main(cli_runs.run_arguments(model, tmp_path / "run", to="vllm")) == 0

@@ -84,7 +84,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     _distribution(folder, "toyruntime", "1.0")
     (folder / "toyformats.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setattr(pipeline, "run_arms", cli_runs.fake_run_arms)
+    cli_runs.quick(monkeypatch)
     return folder
 
 
