@@ -1,6 +1,6 @@
 """Make a trained model shallower and ship it: plan, materialize, export, verify.
 
-Names are loaded on first use (PEP 562), so importing this package loads neither torch nor transformers.
+Names are loaded on first use (PEP 562).  Importing this package loads neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Weights that a plan changes, as one file beside it: what a merge, a repair or healing made.
 
 ``overlay.safetensors`` holds tensors under their names in the *unpruned* model, of the same shape and type.  The plan
-names its digest.  :func:`sglp_deploy.materialize.materialize` puts the tensors into the kept layers; a certificate's
-reference loads them by the same names into the unpruned model, so a tensor that went to another layer shows.
+names its digest.  :func:`sglp_deploy.materialize.materialize` puts the tensors into the kept layers.  A certificate's
+reference loads them by the same names into the unpruned model.  So a tensor that went to another layer shows.
 """
 
 from __future__ import annotations

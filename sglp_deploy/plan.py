@@ -1,7 +1,7 @@
 """The decision, and nothing but the decision: which layers stay, why, and for which model, as one file.
 
-``plan.json`` is what a person reviews and what every later stage takes.  It knows no torch, so it can be made, read and
-checked on a machine that has none.
+``plan.json`` is what a person reviews and what every later stage takes.  It knows no torch.  So it can be made, read
+and checked on a machine that has none.
 """
 
 from __future__ import annotations

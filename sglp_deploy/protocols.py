@@ -1,7 +1,7 @@
 """The two seams others implement: an Exporter turns a model into an artifact, a Runner executes one.
 
-Why protocols and not base classes: a third party's class needs no import from us, and nothing here can grow behaviour
-that a plugin silently inherits.  Changing a signature in this file breaks every plugin; think twice.
+Why protocols and not base classes?  A third party's class needs no import from us.  Nothing here can grow behaviour
+that a plugin silently inherits.  Changing a signature in this file breaks every plugin.  Think twice.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Names of exporters to classes: strings for ours, entry points for theirs, nothing imported before it is asked for.
 
 A third party registers under the entry-point group ``sglp_deploy.exporters``.  It may not take the name of a built-in
-one, and one that cannot be imported is listed as broken; it never breaks the command line.
+one.  One that cannot be imported is listed as broken.  It never breaks the command line.
 """
 
 from __future__ import annotations

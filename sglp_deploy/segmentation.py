@@ -1,6 +1,6 @@
 """Where a network's layers change character: the exact optimal cut of an ordered profile (Fisher 1958).
 
-Segments are contiguous by construction, so a plan can promise that no stretch of the network disappears whole.
+Segments are contiguous by construction.  So a plan can promise that no stretch of the network disappears whole.
 """
 
 from __future__ import annotations

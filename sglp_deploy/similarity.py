@@ -1,6 +1,6 @@
 """How alike two layers are: linear centred kernel alignment, and the matrix of it that segmentation cuts.
 
-The functions on arrays are the reference that the streaming pass over a model is tested against; a plan itself is made
+The functions on arrays are the reference that the streaming pass over a model is tested against.  A plan itself is made
 from the sums that pass leaves behind (:meth:`SimilarityMatrix.from_stats`).
 """
 

@@ -1,6 +1,6 @@
 """Measure artifacts against their unpruned baseline and report what was gained.
 
-Names are loaded on first use (PEP 562), so the timing worker starts without anything it does not need.
+Names are loaded on first use (PEP 562).  So the timing worker starts without anything it does not need.
 """
 
 from __future__ import annotations

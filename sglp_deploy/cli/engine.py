@@ -1,8 +1,9 @@
-"""What makes a run resumable: a stage with a key, outputs and a product, kept while both hold; no stage by name.
+"""What makes a run resumable: a stage is kept while its key and its outputs hold.
 
 A stage's key is the digest of everything that decides its result: the settings it reads, what the stages before it
-produced, and the versions of the packages that compute it.  Its outputs are checked too, so a file that was damaged or
-deleted makes its stage run again; the stages after it follow only if it then comes out different.
+produced, and the versions of the packages that compute it.  Its outputs are checked too.  A file that was damaged or
+deleted makes its stage run again.  The stages after it follow only if it then comes out different.  No stage is known
+here by its name.
 """
 
 from __future__ import annotations

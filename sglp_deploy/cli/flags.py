@@ -1,6 +1,6 @@
 """The flags of each verb; those that set something of a run are made from its definition (:mod:`.settings`).
 
-Every default of a run lives in the definition, so a file and the flags agree: a flag that is not given is None.
+Every default of a run lives in the definition.  So a file and the flags agree.  A flag that is not given is None.
 """
 
 from __future__ import annotations

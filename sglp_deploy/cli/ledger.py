@@ -1,6 +1,6 @@
 """What a run folder remembers: one writer at a time, each finished stage with its inputs and outputs, no leftovers.
 
-Kept apart from the stages themselves, so what makes a run resumable can be read in one place.
+It is kept apart from the stages themselves.  So what makes a run resumable can be read in one place.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Parse arguments, run one verb, turn failures into one line and an exit code.
 
-Nothing heavy is imported here: ``--help`` must answer at once, so a verb is imported when it is chosen.
+Nothing heavy is imported here.  ``--help`` must answer at once.  So a verb is imported when it is chosen.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The whole line into one folder, resumable: the stages, and what decides each (:mod:`sglp_deploy.cli.engine`).
 
-Nothing here imports torch before a stage needs it: a run that has nothing to do should cost nothing.
+Nothing here imports torch before a stage needs it.  A run that has nothing to do should cost nothing.
 """
 
 from __future__ import annotations

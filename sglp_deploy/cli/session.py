@@ -1,6 +1,6 @@
 """From options to a Compressor; shared by the verbs that hold a model.
 
-torch and transformers are imported by the functions that need them, so a verb can refuse what cannot work at once.
+torch and transformers are imported by the functions that need them.  So a verb can refuse at once what cannot work.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a run can be asked to do: one definition that flags, keys of ``sglp.toml``, checks and schema are made from.
 
-Plain data: help reads it and must answer at once, so what checks the values (:mod:`sglp_deploy.cli.config`) is apart.
+It is plain data.  Help reads it and must answer at once.  So what checks the values (:mod:`sglp_deploy.cli.config`) is
+apart.
 """
 
 from __future__ import annotations

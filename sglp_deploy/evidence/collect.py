@@ -1,7 +1,7 @@
 """One streaming pass over the calibration data, with probes that keep sums and nothing else.
 
-Per minibatch the model runs forward, and backward where a probe needs gradients.  Probes reduce what they see at once,
-so memory holds one minibatch, whatever the size of the calibration set.
+Per minibatch the model runs forward, and backward where a probe needs gradients.  Probes reduce what they see at once.
+So memory holds one minibatch, whatever the size of the calibration set.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Text that a model is measured on, and text kept back to judge the result; neither needs a download.
 
-The default is the prose of CPython's own language reference (``pydoc_data.topics``), which lies on every machine that
-has Python.  It is split by topic into calibration and held-out text, so a plan is never judged on what it was made
-from.
+The default is the prose of CPython's own language reference (``pydoc_data.topics``).  It lies on every machine that has
+Python.  It is split by topic into calibration and held-out text.  So a plan is never judged on what it was made from.
 """
 
 from __future__ import annotations

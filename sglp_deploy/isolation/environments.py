@@ -2,8 +2,8 @@
 
 An environment is made on request (``sglp-deploy env create NAME``) from a pinned list that lies beside the format that
 needs it (:class:`sglp_deploy.protocols.FormatFacts`).  It lives under the user's cache folder, in a folder whose name
-carries the fingerprint of that list.  It is ready when its receipt is written, which happens last; a folder without one
-was interrupted and is made again.
+carries the fingerprint of that list.  It is ready when its receipt is written.  That happens last.  A folder without
+one was interrupted and is made again.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Talk to a worker in another interpreter: JSON lines one way and the other, arrays as files, and no shared memory.
 
-The worker's own standard output and error go to a log, because libraries print there; answers come through a pipe of
+The worker's own standard output and error go to a log, because libraries print there.  Answers come through a pipe of
 their own.  A worker that dies, hangs or answers rubbish becomes one :class:`BackendError` with its last words.
 """
 

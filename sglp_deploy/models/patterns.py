@@ -1,7 +1,7 @@
 """Repeating kinds of layers (local, local, global, ...), and what to do where a runtime knows only the repetition.
 
-Some runtimes read each layer's type from ``layer_types``; others work it out from the layer's number.  For the second
-kind a pruned model is right only while its kinds still follow the formula, so whole periods must go.
+Some runtimes read each layer's type from ``layer_types``.  Others work it out from the layer's number.  For the second
+kind a pruned model is right only while its kinds still follow the formula.  So whole periods must go.
 """
 
 from __future__ import annotations

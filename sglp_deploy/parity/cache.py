@@ -1,7 +1,7 @@
 """What a decoder keeps of each token, and whether an artifact's cache inputs and outputs are laid out for it.
 
-A graph whose cache lacks a layer, or holds one that was removed, loads and may even run; its prompt logits are right
-and only what it generates is wrong.  The layout is therefore read off the torch model and compared name by name.
+A graph whose cache lacks a layer, or holds one that was removed, loads and may even run.  Its prompt logits are right.
+Only what it generates is wrong.  The layout is therefore read off the torch model and compared name by name.
 """
 
 from __future__ import annotations

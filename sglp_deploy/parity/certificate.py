@@ -1,7 +1,7 @@
 """The parity certificate: what was measured, what passes, and the verdict that follows from the two.
 
 Measuring is :mod:`sglp_deploy.parity.decoder` and :mod:`sglp_deploy.parity.forward`, and what passes stands in
-:mod:`sglp_deploy.parity.bounds`; here is everything that can be read, judged and written without a model.
+:mod:`sglp_deploy.parity.bounds`.  Here is everything that can be read, judged and written without a model.
 """
 
 from __future__ import annotations

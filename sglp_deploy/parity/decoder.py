@@ -1,11 +1,11 @@
 """Does the artifact of a decoder compute what it was meant to compute?  A certificate with numbers, not a warning.
 
-The reference is the unpruned model whose removed layers are passed over (:mod:`sglp_deploy.parity.verify`), so the
+The reference is the unpruned model whose removed layers are passed over (:mod:`sglp_deploy.parity.verify`).  So the
 question is whether materializing and exporting went right.  What pruning cost is another question
 (:mod:`sglp_deploy.tasks.language`).  Both sides get the same tokens through prefill and through a filled cache, one row
-and a padded batch.  Two things keep the verdict honest: the noise floor of the reference itself (the same rows in
-another batch shape), and the reference's own margin, because a flip between two tokens it can hardly tell apart is no
-fault.
+and a padded batch.  Two things keep the verdict honest.  One is the noise floor of the reference itself (the same rows
+in another batch shape).  The other is the reference's own margin: a flip between two tokens it can hardly tell apart is
+no fault.
 """
 
 from __future__ import annotations

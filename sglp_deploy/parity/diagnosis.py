@@ -1,6 +1,6 @@
 """Say which tensor or layer of an artifact is wrong, once numbers have shown that something is.
 
-A certificate tells that an artifact computes something else and at which position; a person who has to mend it wants
+A certificate tells that an artifact computes something else and at which position.  A person who has to mend it wants
 the name.  Three things can be named: stored weights of another type than the manifest says, stored weights that are not
 the model's, and the first layer whose keys and values are not the model's.
 """

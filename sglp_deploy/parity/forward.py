@@ -1,7 +1,7 @@
 """Parity of artifacts that run forward only: encoders, vision, speech, encoder-decoders, decoders without a KV cache.
 
-Same rules as for decoders (:mod:`sglp_deploy.parity.decoder`): the reference is the unpruned model in PyTorch, its
-removed layers passed over; its own noise floor counts, and a failing comparison is a result.  The cases differ from
+The rules are those of decoders (:mod:`sglp_deploy.parity.decoder`).  The reference is the unpruned model in PyTorch,
+its removed layers passed over.  Its own noise floor counts.  A failing comparison is a result.  The cases differ from
 what was traced in every size that may vary, because a size that was burnt into a graph shows at any other one.
 """
 

@@ -1,6 +1,6 @@
 """What a depth-pruning method is given and what it gives back; a third party implements :class:`Planner`.
 
-Nothing here knows torch: a method sees numbers, and the model only through :class:`Evidence`.
+Nothing here knows torch.  A method sees numbers.  It sees the model only through :class:`Evidence`.
 """
 
 from __future__ import annotations

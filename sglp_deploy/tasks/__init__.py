@@ -1,6 +1,6 @@
 """A model and data of its kind in, a loss, rows for CKA and a quality figure out.
 
-A task is one file with one class; its name stands in :data:`TASKS`.
+A task is one file with one class.  Its name stands in :data:`TASKS`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the harness asks of a place where blocks run; it does not know which place it is."""
+"""What the harness asks of a place where blocks run, without knowing which place it is."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How much memory an artifact needs, each number under the name of the probe that read it.
 
 "Memory" is a ladder of different quantities (bytes on disk, live tensors, what an allocator reserved, what the process
-ever touched); numbers from two rungs must never meet in one ratio, so no reading here travels without its probe.
+ever touched).  Numbers from two rungs must never meet in one ratio.  So no reading here travels without its probe.
 """
 
 from __future__ import annotations

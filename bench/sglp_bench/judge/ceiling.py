@@ -1,4 +1,4 @@
-"""What removing layers can gain at most, so that a measured speedup is read against physics and not against hope."""
+"""What removing layers can gain at most: a measured speedup is read against physics and not against hope."""
 
 from __future__ import annotations
 

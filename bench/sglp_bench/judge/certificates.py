@@ -1,7 +1,7 @@
 """No certificate, no speed number: which certificate stands behind an arm, and the refusal where none does.
 
 A certificate belongs to an artifact by digest, never by name or place.  ``sglp-deploy verify`` leaves it in the
-artifact's folder and ``sglp-deploy run`` in the run's folder ``parity``; both are looked at.
+artifact's folder.  ``sglp-deploy run`` leaves it in the run's folder ``parity``.  Both are looked at.
 """
 
 from __future__ import annotations

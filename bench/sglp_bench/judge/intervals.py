@@ -14,8 +14,8 @@ bootstrap-t               .93 - .95  .94 - .96  .92 - .96
 ========================  =========  =========  =========
 
 The percentile bootstrap of pairs is too narrow.  The hierarchical one (pairs, then iterations inside blocks) counts the
-iteration noise twice, since it is already in the spread between pairs: it errs to the safe side, at one and a half to
-three times the width.  It is kept beside the t interval as a second view.  Bootstrap-t covers, but at 4 pairs a
+iteration noise twice, since it is already in the spread between pairs.  It errs to the safe side, at one and a half to
+three times the width.  It is kept beside the t interval as a second view.  Bootstrap-t covers.  But at 4 pairs a
 resample of equal pairs makes it hundreds of per cent wide.
 """
 

@@ -1,8 +1,8 @@
 """The protocol: which arm runs when, each block in a fresh process, so that drift hits every arm alike.
 
 The order is the ABBA of paired experiments, for any number of arms.  A cycle runs all arms once and then once more
-mirrored (baseline, candidate, control, control, candidate, baseline), so each arm has the same mean position and a
-steady drift cancels within the cycle.  The next cycle starts one arm further on, so no arm always stands at the edges.
+mirrored (baseline, candidate, control, control, candidate, baseline).  So each arm has the same mean position, and a
+steady drift cancels within the cycle.  The next cycle starts one arm further on.  So no arm always stands at the edges.
 Each half of a cycle pairs every arm with the baseline measured next to it: two pairs a cycle.
 """
 

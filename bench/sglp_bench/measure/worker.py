@@ -1,7 +1,7 @@
 """One block in one fresh process: ``python -m sglp_bench.measure.worker SPEC.json OUT.json``.
 
 A process of its own gives every block the same start: no warm allocator, no cache of another arm, no memory peak left
-by an earlier one.  This module loads no runtime itself; what the exporter's runner imports is what gets measured.
+by an earlier one.  This module loads no runtime itself.  What the exporter's runner imports is what gets measured.
 """
 
 from __future__ import annotations

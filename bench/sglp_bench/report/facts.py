@@ -1,8 +1,8 @@
 """What a report may say: the cards, the measured rows and the claims, derived from the other files' JSON.
 
-Plain data in and plain data out, all of it kept in ``report.json``: the page only renders, and a reader's own script
-sees the same numbers.  A speed is claimed only when parity passed, the interval excludes 1 and the difference stands
-above the noise floor; otherwise the report says which of these is missing.
+Plain data comes in and plain data goes out.  All of it is kept in ``report.json``.  The page only renders it, and a
+reader's own script sees the same numbers.  A speed is claimed only when parity passed, the interval excludes 1 and the
+difference stands above the noise floor.  Otherwise the report says which of these is missing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The values of the page's sections about measurements: speed, memory and quality.
 
-They are drawn and tabulated as the comparison holds them; no statistic is computed here.
+They are drawn and tabulated as the comparison holds them.  No statistic is computed here.
 """
 
 from __future__ import annotations

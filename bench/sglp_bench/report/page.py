@@ -1,6 +1,6 @@
 """The page of a report: the values of its sections, put into the templates.
 
-Loaded only when a page is made, so that neither the harness nor the command line's help waits for the template engine.
+This is loaded only when a page is made.  Neither the harness nor the command line's help waits for the template engine.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One run as one file to keep and one page to read: ``report.json`` is the contract, ``report.html`` only renders it.
 
-Everything is taken from the JSON of the other files, so a report can be made again years later from a run folder, on a
+Everything is taken from the JSON of the other files.  So a report can be made again years later from a run folder, on a
 machine that has neither the model nor the runtime.
 """
 

@@ -1,7 +1,7 @@
 """The values of the page's sections about decisions and proof: what was removed, parity, and where it comes from.
 
 Each function takes the content of a ``report.json`` and gives what the template of its section shows.  A part that is
-absent is None or empty; the template then says what was not measured.
+absent is None or empty.  The template then says what was not measured.
 """
 
 from __future__ import annotations

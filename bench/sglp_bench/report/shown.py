@@ -1,7 +1,7 @@
 """Values in the shape the templates show: cells, tables, and pictures in two widths.
 
-All markup is the templates' own, and their engine escapes every value.  A picture alone is markup already, because a
-drawing escapes its own texts.  Each is drawn twice, for a desk and for a hand: an SVG that is only scaled down has
+All markup is the templates' own.  Their engine escapes every value.  A picture alone is markup already, because a
+drawing escapes its own texts.  Each is drawn twice, for a desk and for a hand.  An SVG that is only scaled down has
 letters nobody can read.  The style sheet shows one of them.
 """
 

@@ -1,7 +1,7 @@
 """ExecuTorch: one ``.pte`` for phones and boards, its matrix products and convolutions lowered to XNNPACK.
 
 The model is traced here and lowered by a worker that has ExecuTorch (``sglp-deploy env create executorch``, or this
-interpreter).  What ran where is read off the finished program: ExecuTorch runs whatever no backend took with portable
+interpreter).  What ran where is read off the finished program.  ExecuTorch runs whatever no backend took with portable
 kernels, tens of times slower and without a word.
 """
 

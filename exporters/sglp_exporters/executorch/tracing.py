@@ -1,8 +1,9 @@
 """Trace a model for ExecuTorch with torch.export: one sequence at a time, a cache of fixed length inside the program.
 
-What XNNPACK cannot take splits a program into many small ones, each of which is copied in and out of.  The trace
-therefore says a few things in the words it does take: a mean, a rotation of halves and a normalisation as products with
-constants, grouped attention without repeated keys.  The mathematics are the model's own, and the certificate says so.
+What XNNPACK cannot take splits a program into many small ones.  Each of them is copied in and out of.  The trace
+therefore says a few things in the words it does take.  A mean, a rotation of halves and a normalisation become products
+with constants.  Grouped attention does without repeated keys.  The mathematics are the model's own.  The certificate
+says so.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """ONNX Runtime GenAI: the graph its own model builder makes of the pruned checkpoint, in fp32, int8 or int4.
 
-The builder shares nothing with our tracing, so its certificate checks another path from the same weights.  Quantised
-weights are a compression of the pruned model and are compared with that model, unquantised: the certificate then says
-what quantisation costs, within the bounds for its type.
+The builder shares nothing with our tracing.  So its certificate checks another path from the same weights.  Quantised
+weights are a compression of the pruned model.  They are compared with that model, unquantised.  The certificate then
+says what quantisation costs, within the bounds for its type.
 
 Nothing here may import torch: a benchmark's worker comes this way, and its memory must be the artifact's alone.
 """

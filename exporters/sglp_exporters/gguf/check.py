@@ -1,7 +1,7 @@
 """Is a GGUF file what was meant: these layers in this order, every tensor there, of its type and with its values?
 
-It is read with the ``gguf`` package and compared with the pruned model in memory, so it needs neither the converter nor
-llama.cpp.  Bounds on logits cannot name a wrong tensor; this does.
+It is read with the ``gguf`` package and compared with the pruned model in memory.  So it needs neither the converter
+nor llama.cpp.  Bounds on logits cannot name a wrong tensor.  This does.
 """
 
 from __future__ import annotations

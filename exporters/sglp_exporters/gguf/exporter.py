@@ -1,7 +1,7 @@
 """GGUF: llama.cpp's file, written by its own converter from the pruned checkpoint.
 
 The converter and llama.cpp live in an environment of their own (``sglp-deploy env create gguf``).  What was written is
-compared with the model tensor by tensor before the artifact gets its name; the certificate then says what llama.cpp
+compared with the model tensor by tensor before the artifact gets its name.  The certificate then says what llama.cpp
 computes from it.
 
 Nothing here may import torch at its top: a benchmark's worker comes this way, and its memory must be the artifact's.

@@ -1,7 +1,7 @@
 """Which type of attention llama.cpp gives each layer of a family: from a list in the file, by counting, or none at all.
 
 llama.cpp builds a family's graph in code of its own.  A window it counts out by the layer's number, or does not have,
-shows only beyond the window's length, so it is refused before anything is written.
+shows only beyond the window's length.  So it is refused before anything is written.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """llama.cpp by its C interface, in the interpreter of its own environment; speaks the protocol of ``worker_loop``.
 
 The package ``xllamacpp`` carries a whole llama.cpp in one library and exports its C functions.  Its Python side gives
-probabilities of a server; the C functions give the logits themselves.
+probabilities of a server.  The C functions give the logits themselves.
 """
 
 import collections

@@ -1,9 +1,9 @@
-"""Rewrites of attention: what the tracer writes copies the whole cache several times in every step; this does not.
+"""Rewrites of attention, so that a step no longer copies the whole cache several times.
 
 For a layer with grouped key-value heads (Ainslie et al. 2023, arXiv 2305.13245) the trace slices keys and values from
 their beginning to their end, repeats them for every query head, transposes the repeated keys and scales them.  Each of
-these writes a copy that is as long as the context, for one new token as for many.  The same product needs none of them:
-the query heads that share a key head are rows of one matrix.
+these writes a copy that is as long as the context, for one new token as for many.  The same product needs none of them.
+The query heads that share a key head are rows of one matrix.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The decoder's interface is the one the ONNX ecosystem settled on (``input_ids``, ``attention_mask``, ``position_ids``,
 ``past_key_values.N.key``, ``present.N.key``, ``logits``).  One optional input is ours: ``logits_to_keep`` holds the
-positions whose logits are wanted and defaults to the last, so a prefill does not multiply the whole prompt with the
+positions whose logits are wanted and defaults to the last.  So a prefill does not multiply the whole prompt with the
 output head.  A forward graph takes the model's own inputs by name and gives its main output by name.
 """
 

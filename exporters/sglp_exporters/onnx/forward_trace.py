@@ -1,7 +1,8 @@
 """Trace one forward pass of any model as a graph: named inputs in, its main output out, no cache.
 
-This is the way for encoders, vision and speech models and encoder-decoders, and for decoders whose layers keep other
-state than keys and values (a convolution's, a recurrence's), which no common ONNX interface has a place for.
+This is the way for encoders, vision and speech models and encoder-decoders.  It is also the way for decoders whose
+layers keep other state than keys and values (a convolution's, a recurrence's).  No common ONNX interface has a place
+for that.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Trace a few layers once, then write the graph of any depth.
 
-Tracing costs seconds for every layer, and all layers of one kind trace to the same nodes.  So a model of one layer of
-each kind (plus one in front, to see what a layer reads from its predecessor) is traced, its graph is cut into *what
-stands before the layers*, *one region for each kind of layer* and *what stands after them*, and the graph of a model
-of any depth is assembled by repeating regions with that model's weights.  The unpruned baseline and every pruned model
-therefore share one trace and one graph, node for node.
+Tracing costs seconds for every layer.  All layers of one kind trace to the same nodes.  So a model of one layer of each
+kind (plus one in front, to see what a layer reads from its predecessor) is traced.  Its graph is cut into *what stands
+before the layers*, *one region for each kind of layer* and *what stands after them*.  The graph of a model of any depth
+is assembled by repeating regions with that model's weights.  The unpruned baseline and every pruned model therefore
+share one trace and one graph, node for node.
 
-The cut is made by data flow and checked: a region may read shared values, its own weights, its own cache and exactly
-one hidden state; anything else is refused, never guessed.
+The cut is made by data flow and checked.  A region may read shared values, its own weights, its own cache and exactly
+one hidden state.  Anything else is refused, never guessed.
 """
 
 from __future__ import annotations

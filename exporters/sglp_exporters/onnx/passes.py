@@ -1,6 +1,6 @@
 """Graph rewrites that make an assembled decoder graph smaller and faster without changing what it computes.
 
-Those that know about attention are :mod:`sglp_exporters.onnx.attention`; they are built with what is here.
+Those that know about attention are :mod:`sglp_exporters.onnx.attention`.  They are built with what is here.
 """
 
 from __future__ import annotations

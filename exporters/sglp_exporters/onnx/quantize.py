@@ -2,7 +2,7 @@
 
 Source:
     Round to nearest in blocks along the inner axis, by ``onnxruntime.quantization.matmul_nbits_quantizer``.  Its own
-    pass over a graph would leave an embedding tied to the output head in float32; here the table is quantised once and
+    pass over a graph would leave an embedding tied to the output head in float32.  Here the table is quantised once and
     both read it.
 """
 

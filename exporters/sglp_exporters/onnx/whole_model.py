@@ -1,7 +1,7 @@
 """Trace a decoder layer by layer as it stands, for models whose layers are no copies of one another.
 
-Costs seconds for every layer and gives one graph for one depth; :mod:`sglp_exporters.onnx.layer_template` is the way
-that is tried first.  Names and interface of the graph are the same.
+It costs seconds for every layer and gives one graph for one depth.  :mod:`sglp_exporters.onnx.layer_template` is the
+way that is tried first.  Names and interface of the graph are the same.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """OpenVINO: the ONNX graph as an intermediate representation (IR), with its weights as they are or rounded to fp16.
 
-Rounded weights are a compression and no other arithmetic: on a CPU the IR still computes in float32, so its
+Rounded weights are a compression and no other arithmetic.  On a CPU the IR still computes in float32.  So its
 certificate compares it with the model as it was before the rounding.
 
 Nothing here may import torch: a benchmark's worker comes this way, and its memory must be the artifact's alone.

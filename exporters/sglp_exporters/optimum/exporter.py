@@ -1,8 +1,8 @@
 """The ``optimum`` format: the ONNX graph that Hugging Face's optimum-onnx makes, for those whose programs load it so.
 
-optimum-onnx pins an older transformers, so it exports the pruned checkpoint in an environment of its own, which
-``sglp-deploy env create optimum`` makes.  The graph shares nothing with our tracing.  ONNX Runtime runs it here for its
-certificate, and optimum's own class must continue a prompt with the same tokens before the artifact gets its name.
+optimum-onnx pins an older transformers.  So it exports the pruned checkpoint in an environment of its own.
+``sglp-deploy env create optimum`` makes it.  The graph shares nothing with our tracing.  ONNX Runtime runs it here for
+its certificate.  optimum's own class must continue a prompt with the same tokens before the artifact gets its name.
 
 Nothing here may import torch: a benchmark's worker comes this way, and its memory must be the artifact's alone.
 """

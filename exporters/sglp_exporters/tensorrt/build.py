@@ -1,7 +1,7 @@
 """Build a TensorRT engine from an ONNX file: one script for the exporter, for a build kit and for every TensorRT.
 
-A build kit carries this file as ``build.py`` to the machine that has the target device, so nothing may be imported
-here but the standard library and TensorRT itself.  The exporter runs the same file as a program of its own: a builder
+A build kit carries this file as ``build.py`` to the machine that has the target device.  So nothing may be imported
+here but the standard library and TensorRT itself.  The exporter runs the same file as a program of its own.  A builder
 that crashes, or that keeps gigabytes, does so in a process that ends.
 
     python build.py [--target sm_86,sm_89] [--out DIR] [--timing-cache FILE]

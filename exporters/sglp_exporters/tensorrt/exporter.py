@@ -1,8 +1,8 @@
 """TensorRT: engines built ahead of time by TensorRT 10, 11 or TensorRT for RTX, and build kits for other machines.
 
 The artifact keeps the ONNX its engine was built from.  TensorRT for RTX builds on a machine without a GPU but cannot
-run there, so what such a machine certifies is that ONNX, and everything it writes says so; the engine itself is
-executed, and certified, by the same command on a machine that has the device.
+run there.  So such a machine certifies that ONNX, and everything it writes says so.  The engine itself is executed, and
+certified, by the same command on a machine that has the device.
 """
 
 from __future__ import annotations

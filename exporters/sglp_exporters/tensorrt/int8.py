@@ -1,9 +1,9 @@
 """int8 weights for TensorRT: ModelOpt quantises the graph the ONNX exporter made, in an environment of its own.
 
-TensorRT takes precision from the graph, so an int8 engine is an engine of a graph with QuantizeLinear and
+TensorRT takes precision from the graph.  So an int8 engine is an engine of a graph with QuantizeLinear and
 DequantizeLinear.  A convolutional or encoder graph is quantised as a whole, by the ranges that calibration data show.
-Of a decoder only the weights are: a few activations of language models are far larger than the rest, and
-one static range for all of them leaves nothing of the others (figures in docs/tensorrt.md).
+Of a decoder only the weights are.  A few activations of language models are far larger than the rest.  One static range
+for all of them leaves nothing of the others (figures in docs/tensorrt.md).
 """
 
 from __future__ import annotations

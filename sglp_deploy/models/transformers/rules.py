@@ -1,9 +1,9 @@
 """What each per-layer entry of a configuration becomes when layers go.
 
-The commonest way a depth-pruned checkpoint breaks is an entry that nobody changed: it loads and computes something
+The commonest way a depth-pruned checkpoint breaks is an entry that nobody changed.  It loads and computes something
 else.  Three rules, in this order:
 
-* an entry of the named tables below has a known meaning and is rewritten by it, to an explicit list where transformers
+* an entry of the named tables below has a known meaning and is rewritten by it: to an explicit list where transformers
   has one, else to other numbers of the same formula, else pruning is refused;
 * any other list or tuple as long as the old depth is per-layer and is sliced by surviving index;
 * an entry that only sounds like layers is left alone and reported, so a person can look at it.

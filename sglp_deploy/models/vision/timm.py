@@ -1,8 +1,8 @@
 """The adapter for timm: residual networks and transformers that ``timm.create_model`` made.
 
-timm remembers the arguments a model was created with, and reads them back from a folder
+timm remembers the arguments a model was created with.  It reads them back from a folder
 (``timm.create_model("local-dir:FOLDER", pretrained=True)``).  The depth of most families is such an argument.  No
-builder takes the blocks of an EfficientNet or MobileNet: there the folder describes the whole model and lists the
+builder takes the blocks of an EfficientNet or MobileNet.  There the folder describes the whole model.  It lists the
 blocks that were kept, under ``kept_blocks``.
 """
 

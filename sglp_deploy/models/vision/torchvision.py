@@ -1,6 +1,6 @@
 """The adapter for torchvision: ResNet, MobileNet-v2 and EfficientNet, read off the module itself.
 
-torchvision has no checkpoint folder and remembers no arguments, but everything its constructors decide shows in the
+torchvision has no checkpoint folder and remembers no arguments.  But everything its constructors decide shows in the
 modules they make.  The folder written here says which constructor to call, and with what::
 
     {"library": "torchvision", "builder": "torchvision.models.resnet.ResNet",

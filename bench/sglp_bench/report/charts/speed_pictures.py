@@ -1,7 +1,7 @@
 """The measurements as inline SVG: raw latencies of both arms, ratios with their intervals, memory by probe.
 
 The arms are told apart by place and label first and by colour second.  Nothing here computes a statistic that a claim
-rests on: intervals, control and ceiling come from the comparison file and are only drawn.
+rests on.  Intervals, control and ceiling come from the comparison file and are only drawn.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The few facts about a family that cannot be read off a model: declared here, one small value for each.
 
-Most families need none: discovery finds the layers, and per-layer entries are found by their length.  What must be
+Most families need none.  Discovery finds the layers.  Per-layer entries are found by their length.  What must be
 declared is what the code of a family does with a layer's *number*.
 """
 

@@ -1,6 +1,6 @@
 """Decoder language models.
 
-Almost every family needs nothing said: its layers differ by lists the configuration holds, and the rules of
+Almost every family needs nothing said.  Its layers differ by lists the configuration holds.  The rules of
 :mod:`sglp_deploy.models.transformers.rules` rewrite those.  What is said here is what the code does beside the
 configuration.
 """
