@@ -189,7 +189,8 @@ def _fsync(path: Path) -> None:
     """Bring a file, or the names in a folder, to the disk; a rename is only there for good with its folder."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders, and keeps renames by itself
-    handle = os.open(path, os.O_RDONLY)
+    # Windows brings to the disk only what is open for writing.
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,7 +145,8 @@ class Compressor:
         method: str = "sglp",
         preserve_pattern: bool = False,
         keep_matrix: bool = True,
-        **options: Any,
+        options: Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> PruningPlan:
         """Decide which layers go.
 
@@ -158,6 +159,7 @@ class Compressor:
                 from its number.
             keep_matrix: Store the similarity matrix in the plan.
             options: For the planner; see :func:`sglp_deploy.plan.make_plan`.
+            more: Options of the planner as well, for those whose names mean nothing here.
 
         Raises:
             ConfigError: If not exactly one budget is given, or a name or an option is unknown.
@@ -166,7 +168,8 @@ class Compressor:
         """
         budget = Budget.parse(drop=drop, keep=keep, max_parameters=max_parameters)
         # What cannot work is refused before minutes of calibration.
-        read_options(method, options)
+        chosen = {**(options or {}), **more}
+        read_options(method, chosen)
         budget.n_drop(self.n_layers)
         sizes = parameter_sizes(self.model, self.stack)
         check_parameter_budget(budget, sizes)
@@ -182,8 +185,10 @@ class Compressor:
             calibration=self._calibration.facts(self._encoded()),
             task=task_of(self.model).name,
             keep_matrix=keep_matrix,
-            **options,
+            options=chosen,
         )
+        if plan.weights is not None:
+            plan.weights.check(self.model)
         return materializing.with_config_changes(plan, self.model, self._stack_name)
 
     def plan_by_hand(self, drop: Sequence[int]) -> PruningPlan:

@@ -138,7 +138,7 @@ def put_overlay(pruned: nn.Module, overlay: Overlay, module: nn.Module, removed:
                 f"the overlay changes {name}, which the pruned model does not take over as it is; what depends on the "
                 "kept layers cannot be changed by an overlay; make the overlay again without it"
             )
-        old, new = there[name], values.to(there[name].device)
+        old, new = there[name], values.clone().to(there[name].device)  # training it must not change the overlay
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         for place in found:
@@ -160,6 +160,16 @@ def _check_overlay(overlay: Overlay, module: nn.Module, stack: LayerStack) -> No
         )
     overlay.check(module)
     there = stored_tensors(module)
+    objects: dict[tuple[Any, ...], tuple[str, torch.Tensor]] = {}
+    for name, tensor in there.items():
+        if tensor.is_meta:
+            raise PlanError(f"{name} of the model is not in memory; an overlay cannot take its place; load it whole")
+        other, same = objects.setdefault(_memory(tensor), (name, tensor))
+        if same is not tensor and tensor.numel() and {name, other} & set(overlay.tensors):
+            raise PlanError(
+                f"{other} and {name} of the model are two parameters in one memory; an overlay of one would change "
+                "both in one place and not in another; tie them by assigning one parameter to both"
+            )
     first: dict[tuple[Any, ...], str] = {}
     for name, values in overlay.tensors.items():
         other = first.setdefault(_memory(there[name]), name)

@@ -38,7 +38,8 @@ class Overlay:
     def __init__(self, tensors: Mapping[str, torch.Tensor], made_by: Sequence[Mapping[str, Any]] = ()) -> None:
         if not tensors:
             raise PlanError("the overlay holds no tensor; a plan without changed weights has none; leave it out")
-        self._tensors: Mapping[str, torch.Tensor] | None = {name: tensors[name].detach() for name in sorted(tensors)}
+        # Copies: somebody may go on training the tensors that were given, and the digest is of these values.
+        self._tensors: Mapping[str, torch.Tensor] | None = {name: _copied(tensors[name]) for name in sorted(tensors)}
         self._path: Path | None = None
         self._made_by = tuple(dict(record) for record in made_by)
         self._digest = _digest_of(self._tensors)
@@ -58,7 +59,7 @@ class Overlay:
         if not file.is_file():
             raise ArtifactError(f"{file} does not exist; the plan's weights were expected there; check the path")
         made = cls.__new__(cls)
-        made._tensors, made._path = None, file
+        made._tensors, made._path = None, file.absolute()
         made._made_by = tuple(dict(record) for record in named["made_by"])
         made._digest = str(named["digest"])
         return made
@@ -107,16 +108,21 @@ class Overlay:
         """Write the file atomically; returns its path, which is from now on where the overlay lies.
 
         Raises:
+            PlanError: If a tensor was changed since the overlay was made.
             StorageError: If it cannot be written; an older file stays as it was.
         """
         from safetensors.torch import save_file
 
         file = Path(path)
-        # Contiguous copies: safetensors refuses views into one another.
-        whole = {name: tensor.contiguous().clone() for name, tensor in self.tensors.items()}
+        whole = dict(self.tensors)
+        if _digest_of(whole) != self._digest:
+            raise PlanError(
+                "a tensor of the overlay was changed after the overlay was made; the plan names other weights; make "
+                "the overlay again from the changed tensors"
+            )
         with _io.staged_file(file) as staged:
             save_file(whole, staged, metadata={"schema": FORMAT})
-        self._path = file
+        self._path = file.absolute()
         return file
 
     def check(self, module: nn.Module) -> None:
@@ -133,6 +139,10 @@ class Overlay:
                     f"the overlay changes {name}, which is no stored tensor of the model; it was made for another "
                     "model; make it again for this one"
                 )
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise PlanError(
+                    f"the overlay's {name} holds NaN or infinity; the model would give nonsense; find out what made it"
+                )
             if own.shape != tensor.shape or own.dtype != tensor.dtype:
                 raise PlanError(
                     f"the overlay's {name} is {_kind(tensor)}, the model's is {_kind(own)}; it was made for another "
@@ -145,7 +155,8 @@ class Overlay:
         try:
             with safe_open(path, framework="pt") as opened:
                 schema = (opened.metadata() or {}).get("schema")
-                tensors = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
+                # Copies: what is read is mapped from the file, and would change with it after it was checked.
+                tensors = {name: _copied(opened.get_tensor(name)) for name in sorted(opened.keys())}
         except (OSError, SafetensorError) as error:
             raise ArtifactError(
                 f"{path} cannot be read as an overlay; {error}; restore it, or make the plan again"
@@ -172,6 +183,25 @@ def stored_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
             if leaf not in owner._non_persistent_buffers_set:
                 found[f"{path}.{leaf}" if path else leaf] = buffer
     return found
+
+
+def as_tensor(value: Any) -> torch.Tensor:
+    """A tensor of what a planner made, numpy arrays included.
+
+    Raises:
+        PlanError: If it is no array of numbers.
+    """
+    import torch
+
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PlanError(f"changed weights are tensors or arrays; {error}; the planner is at fault") from error
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """The values in memory of their own, on the CPU, in order."""
+    return tensor.detach().cpu().contiguous().clone()
 
 
 def _digest_of(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -7,7 +7,7 @@ and checked on a machine that has none.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,10 +15,10 @@ from sglp_deploy import _io
 from sglp_deploy.artifact import producer_versions
 from sglp_deploy.errors import ArtifactError, PlanError
 from sglp_deploy.evidence.statistics import LayerStats
-from sglp_deploy.overlay import OVERLAY_FILE, Overlay
+from sglp_deploy.overlay import OVERLAY_FILE, Overlay, as_tensor
 from sglp_deploy.planners.budget import Budget, kept, resolve_drops, select_drops
-from sglp_deploy.planners.invariants import plan_fault
-from sglp_deploy.planners.registry import planner, planner_names, read_options
+from sglp_deploy.planners.invariants import checked, plan_fault
+from sglp_deploy.planners.registry import planner, planner_names, read_options, recorded_options
 from sglp_deploy.planners.seam import Evidence, FixedEvidence, LayerDecision, Matrix
 
 __all__ = [
@@ -256,7 +256,8 @@ def make_plan(
     task: str = LANGUAGE,
     keep_matrix: bool = True,
     versions: Mapping[str, str] | None = None,
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> PruningPlan:
     """Decide which layers to remove.  Equal input gives an equal plan.
 
@@ -272,17 +273,16 @@ def make_plan(
         keep_matrix: Store the similarity matrix in the plan.
         versions: Recorded; this package's, Python's and numpy's when omitted.
         options: For the planner; its ``Options`` say which there are.
+        more: Options of the planner as well, for those whose names mean nothing here.
 
     Raises:
         ConfigError: If a name or an option is unknown; the message has the nearest match and the list.
         PlanError: If the budget cannot be met.
         CalibrationError: If the evidence cannot support a plan.
     """
-    chosen = read_options(method, options)
-    seen: Evidence = FixedEvidence(evidence) if isinstance(evidence, LayerStats) else evidence
-    if groups:
-        seen = seen.constrained(groups)
-    decision = planner(method).decide(seen, budget, chosen)
+    chosen = read_options(method, {**(options or {}), **more})
+    seen: Evidence = (FixedEvidence(evidence) if isinstance(evidence, LayerStats) else evidence).view(groups)
+    decision = checked(planner(method).decide(seen, budget, chosen), seen, budget, method)
     together = {layer for group in groups if set(group) <= set(decision.drop) for layer in group}
     if groups and together != set(decision.drop):
         raise PlanError(
@@ -308,15 +308,15 @@ def make_plan(
         seed=seen.seed,
         versions=dict(producer_versions("numpy") if versions is None else versions),
         elapsed_s={"calibration": record["elapsed_s"], **decision.elapsed_s},
-        # criterion and quota are fields of the plan itself.
-        options={name: value for name, value in asdict(chosen).items() if name not in ("criterion", "quota")}
+        options=recorded_options(method, chosen)
         | {"statistics": dict(record["options"])}
         | ({"groups": [list(group) for group in groups]} if groups else {}),
         task=task,
     )
     if decision.weights is None:
         return plan
-    return plan.with_overlay(Overlay(decision.weights, [{"planner": method}]))
+    tensors = {str(name): as_tensor(value) for name, value in decision.weights.items()}
+    return plan.with_overlay(Overlay(tensors, [{"planner": method, **decision.weights_record}]))
 
 
 def keep_all_plan(

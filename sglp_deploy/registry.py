@@ -17,7 +17,7 @@ from sglp_deploy.protocols import EnvironmentSpec, Exporter, FormatFacts
 
 GROUP = "sglp_deploy.exporters"
 
-_BUILTIN = {
+BUILTIN = {
     "executorch": "sglp_exporters.executorch.exporter:ExecuTorchExporter",
     "gguf": "sglp_exporters.gguf.exporter:GgufExporter",
     "onnx": "sglp_exporters.onnx.exporter:OnnxExporter",
@@ -82,7 +82,7 @@ def facts(name: str) -> FormatFacts:
 def environments() -> dict[str, EnvironmentSpec]:
     """Every isolated environment that a format brings, by name; a built-in format's name is not taken by another's."""
     found: dict[str, EnvironmentSpec] = {}
-    for _name, target in sorted(_targets().items(), key=lambda item: (item[0] not in _BUILTIN, item[0])):
+    for _name, target in sorted(_targets().items(), key=lambda item: (item[0] not in BUILTIN, item[0])):
         for spec in _facts_at(target).environments:
             found.setdefault(spec.name, spec)
     return found
@@ -106,12 +106,12 @@ def plugins() -> list[PluginInfo]:
 
 def shadowed() -> list[str]:
     """Entry points that tried to take a built-in's name and were left out."""
-    return [f"{entry.name} ({entry.value})" for entry in metadata.entry_points(group=GROUP) if entry.name in _BUILTIN]
+    return [f"{entry.name} ({entry.value})" for entry in metadata.entry_points(group=GROUP) if entry.name in BUILTIN]
 
 
 def _targets() -> dict[str, str]:
     theirs = {entry.name: entry.value for entry in metadata.entry_points(group=GROUP)}
-    return theirs | _BUILTIN
+    return theirs | BUILTIN
 
 
 def _load(target: str) -> Exporter:
@@ -157,7 +157,7 @@ def _source(name: str, missing: list[str]) -> str:
         extras = metadata.metadata("sglp-deploy").get_all("Provides-Extra") or []
     except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
         extras = []
-    return f"'sglp-deploy[{name}]'" if name in _BUILTIN and name in extras else " ".join(missing)
+    return f"'sglp-deploy[{name}]'" if name in BUILTIN and name in extras else " ".join(missing)
 
 
 def _version(package: str) -> str:

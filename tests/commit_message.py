@@ -14,6 +14,8 @@ from pathlib import Path
 LONGEST = 72
 # "onnx: ...", "planners, evidence: ..."; also what git itself writes.
 SUBJECT = re.compile(r"[A-Za-z0-9_.][\w./, -]{0,40}: \S")
+TRAILER = re.compile(r"[A-Z][A-Za-z-]+: \S")
+SCISSORS = "# ------------------------ >8 ------------------------"
 OF_GIT = ("Merge ", "Revert ", "fixup! ", "squash! ")
 # What changes behaviour; documents, tests and pictures do not.
 BEHAVIOUR = ("sglp_deploy/", "exporters/", "bench/sglp_bench/", "pyproject.toml", "Makefile", ".ci/")
@@ -26,12 +28,13 @@ def faults(message: str, changed: Sequence[str]) -> list[str]:
         message: As git gives it to the hook, comments included.
         changed: Paths of the files the commit changes.
     """
+    message = message.partition(SCISSORS)[0]  # below it git shows what is committed
     lines = [line.rstrip() for line in message.splitlines() if not line.startswith("#")]
     while lines and not lines[0]:
         lines.pop(0)
     if not lines:
         return ["the message is empty; nobody could find the commit again; write a subject"]
-    subject, body = lines[0], [line for line in lines[1:] if line]
+    subject, body = lines[0], [line for line in lines[1:] if line and not TRAILER.match(line)]
     if subject.startswith(OF_GIT):
         return []
     found = []

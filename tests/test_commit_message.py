@@ -44,6 +44,8 @@ def test_a_good_message_passes(message: str, changed: list[str]) -> None:
         ("fix things\n\nWhy.\n", "the subject names no area"),
         ("onnx: fix\nWhy.\n", "no blank line follows the subject"),
         ("onnx: share one trace\n", "there is no body"),
+        ("onnx: share one trace\n\nCo-authored-by: A B <a@example.org>\n", "there is no body"),
+        ("onnx: share one trace\n# ------------------------ >8 ------------------------\ndiff\n", "there is no body"),
     ],
 )
 def test_a_bad_message_is_told_what_is_wrong(message: str, fault: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -132,10 +133,38 @@ def too_long(modules: Iterable[Path]) -> dict[Path, str]:
     return faults
 
 
+def contract_faults(root: Path) -> list[str]:
+    """What the import contracts in ``pyproject.toml`` leave out: a package without layers, or layers with gaps."""
+    declared = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = declared["tool"]["importlinter"]["contracts"]
+    faults = []
+    for package in ("sglp_deploy", "sglp_bench"):
+        own = [each for each in contracts if each["type"] == "layers" and package in each.get("containers", ())]
+        if not any(each.get("exhaustive") is True for each in own):
+            faults.append(f"contracts: the rooms of {package} are no exhaustive layers")
+    return faults
+
+
+def format_faults(graph: Graph) -> list[str]:
+    """Imports between format folders; what formats share lies in ``onnx`` and ``runners``, and neither knows one."""
+    shared = ("onnx", "runners")
+    faults = []
+    for importer, imported in graph.items():
+        for each in sorted(imported):
+            own, other = importer.split(".")[1:2], each.split(".")[1:2]
+            if not (importer.startswith("sglp_exporters.") and each.startswith("sglp_exporters.")) or own == other:
+                continue
+            if other[0] not in shared or own == ["runners"]:
+                faults.append(f"formats: {importer} imports {each}")
+    return faults
+
+
 def faults_of(root: Path) -> list[str]:
     """Everything that is wrong with the tree in ``root``."""
     modules = modules_of(root / package for package in PACKAGES)
-    faults = [f"import circle: {' -> '.join(circle)}" for circle in circles(import_graph(modules))]
+    graph = import_graph(modules)
+    faults = [f"import circle: {' -> '.join(circle)}" for circle in circles(graph)]
+    faults += contract_faults(root) + format_faults(graph)
     faults += [f"over-full folder: {line}" for line in over_full([*(root / each for each in PACKAGES), root / "tests"])]
     long = {file.relative_to(root).as_posix(): words for file, words in too_long(modules.values()).items()}
     return faults + [f"{path}: {words}" for path, words in sorted(long.items())]
@@ -234,14 +263,25 @@ def test_a_long_module_needs_a_reason_and_may_not_outgrow_the_number_beside_it(t
 
 
 def test_a_whole_tree_is_judged(tmp_path: Path) -> None:
+    layers = "[[tool.importlinter.contracts]]\ntype = 'layers'\ncontainers = ['sglp_deploy']\nexhaustive = true\n"
     files = {
+        "pyproject.toml": layers,
+        "exporters/sglp_exporters/gguf/exporter.py": "from sglp_exporters.vllm import exporter\n",
+        "exporters/sglp_exporters/vllm/exporter.py": "from sglp_exporters.onnx import runner\n",
+        "exporters/sglp_exporters/onnx/runner.py": "",
+        "exporters/sglp_exporters/runners/rows.py": "from sglp_exporters.onnx import runner\n",
         "sglp_deploy/a.py": "import sglp_exporters.b\n",
         "exporters/sglp_exporters/b.py": "def late():\n    import sglp_deploy.a\n",
         "bench/sglp_bench/long.py": "\n" * 401,
         **{f"tests/room/test_{number}.py": "" for number in range(16)},
     }
     tree(tmp_path, files)
-    circle, folder, length = faults_of(tmp_path)
+    circle, contract, *formats, folder, length = faults_of(tmp_path)
+    assert contract == "contracts: the rooms of sglp_bench are no exhaustive layers"
+    assert formats == [
+        "formats: sglp_exporters.gguf.exporter imports sglp_exporters.vllm.exporter",
+        "formats: sglp_exporters.runners.rows imports sglp_exporters.onnx.runner",
+    ]
     assert circle == "import circle: sglp_deploy.a -> sglp_exporters.b -> sglp_deploy.a"
     assert folder == f"over-full folder: {tmp_path / 'tests/room'}: 16 modules"
     assert length.startswith("bench/sglp_bench/long.py: 401 lines and no reason")

@@ -94,13 +94,14 @@ class Engine:
         self.save()
         try:
             more = work() or ()
-        except SGLPError as error:
-            self.stages[name] = ledger.Stage(key, "failed", time.perf_counter() - started, note=str(error))
+            elapsed = time.perf_counter() - started
+            digests = {output: ledger.output_digest(self.root / output) for output in (*outputs, *more)}
+            product = self._product(digests)
+        except Exception as error:
+            words = str(error) if isinstance(error, SGLPError) else f"{type(error).__name__}: {error}"
+            self.stages[name] = ledger.Stage(key, "failed", time.perf_counter() - started, note=words)
             self.save()
             raise
-        elapsed = time.perf_counter() - started
-        digests = {output: ledger.output_digest(self.root / output) for output in (*outputs, *more)}
-        product = self._product(digests)
         self.stages[name] = ledger.Stage(key, "done", elapsed, digests, product)
         self.save()
         self.note(f"{name}: done in {elapsed:.1f} s")

@@ -64,7 +64,7 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
 
 def _plan(parser: argparse.ArgumentParser) -> None:
     _model(parser, help=f"{SETTINGS['model'].text}; or a sglp.toml that names one")
-    _planning(parser, option="plan_options", read=_option)
+    _planning(parser, option="plan_options", read=_planner_option)
     parser.add_argument(*_OUTPUT, default="plan.json", help="file to write (default: %(default)s)")
     parser.add_argument("--drop-layers", type=_layers, metavar="I,J", help="remove these layers, measuring nothing")
     parser.add_argument("--stack", help="encoder or decoder, for a model that has both (with --drop-layers)")
@@ -259,8 +259,17 @@ def _option(text: str) -> tuple[str, Value]:
     return key, _value(value)
 
 
+def _planner_option(text: str) -> tuple[str, str]:
+    """The value stays a text: the planner's own types say how it is read."""
+    _option(text)
+    key, _, value = text.partition("=")
+    return key, value
+
+
 def _named_option(text: str) -> tuple[str, str, Value]:
     key, value = _option(text)
+    if key.startswith(f"{PLAN}."):
+        key, value = _planner_option(text)
     name, _, key = key.rpartition(".")
     if not name or not key:
         raise argparse.ArgumentTypeError(

@@ -13,11 +13,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sglp_deploy import _io
+from sglp_deploy import _io, registry
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, ConfigError
 from sglp_deploy.isolation import lock
 from sglp_deploy.overlay import OVERLAY_FILE
+from sglp_deploy.planners.registry import PLANNER_GROUP, PLANNERS
 
 RUN_FILE = "run.json"
 SCHEMA = "run/2"  # history: 1 = first; 2 = a stage keeps the answer to a question about its outputs
@@ -122,7 +123,9 @@ def text_digest(given: str | None) -> str:
 
 
 def provider(group: str, name: str) -> str:
-    """The distribution and version behind a third party's plugin; "built-in" for ours."""
+    """The distribution and version behind a third party's plugin; "built-in" for ours, whose names nobody takes."""
+    if name in {PLANNER_GROUP: PLANNERS, registry.GROUP: registry.BUILTIN}.get(group, {}):
+        return "built-in"
     for entry in metadata.entry_points(group=group, name=name):
         if entry.dist is not None:
             return f"{entry.dist.name}=={entry.dist.version}"
@@ -141,7 +144,8 @@ def run_folder(root: Path) -> Iterator[None]:
         raise ConfigError(f"{root} is a file; a run needs a folder; choose another --output")
     if root.is_dir() and not (root / RUN_FILE).is_file():
         others = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
-        if strangers := [name for name in others if name not in _LAYOUT]:
+        # Weights without a run are somebody's; what else a run writes is made again from the model.
+        if strangers := [name for name in others if name not in _LAYOUT or name == OVERLAY_FILE]:
             raise ConfigError(
                 f"{root} holds {strangers[0]} and no {RUN_FILE}; a run would mix its files with others; choose another "
                 "--output"

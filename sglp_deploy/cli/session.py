@@ -20,6 +20,7 @@ from sglp_deploy.cli.console import Console
 from sglp_deploy.cli.settings import DTYPES
 from sglp_deploy.errors import ConfigError, StorageError
 from sglp_deploy.evidence.text import BUILTIN, CalibrationSet
+from sglp_deploy.overlay import OVERLAY_FILE
 from sglp_deploy.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def make_plan(made: Compressor, config: RunConfig, *, keep_matrix: bool = True) 
         method=config.method,
         preserve_pattern=config.preserve_pattern,
         keep_matrix=keep_matrix,
-        **config.plan_options,
+        options=config.plan_options,
     )
 
 
@@ -226,6 +227,26 @@ def check_output_file(path: str | Path | None) -> None:
     if Path(path).is_dir():
         raise ConfigError(f"{path} is a folder; a file is written there; add a file name to --output")
     _check_writable(Path(path))
+
+
+def check_overlay_place(path: str | Path) -> None:
+    """Refuse, before any work, to plan where the weights of another plan lie; those of the new one would replace them.
+
+    Raises:
+        ConfigError: If there are such weights and ``path`` is not the plan that names them.
+    """
+    beside = Path(path).absolute().with_name(OVERLAY_FILE)
+    if not beside.exists():
+        return
+    try:
+        there = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        there = None
+    if not (isinstance(there, dict) and there.get("overlay")):
+        raise ConfigError(
+            f"{beside} holds the weights of another plan; those of a new plan would replace them; write the plan into "
+            "another folder"
+        )
 
 
 def _check_writable(path: Path) -> None:

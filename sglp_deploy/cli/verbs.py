@@ -25,14 +25,15 @@ def run_plan(arguments: argparse.Namespace, console: Console) -> int:
     from sglp_deploy.cli import session
 
     session.check_output_file(arguments.output)
+    session.check_overlay_place(arguments.output)
     if arguments.drop_layers is not None:
         plan = session.plain_compressor(arguments, console).plan_by_hand(arguments.drop_layers)
     else:
         config = _config(arguments)
         compressor = session.compressor(config, console)
         plan = session.make_plan(compressor, config, keep_matrix=not arguments.no_matrix)
+    plan.save_overlay(Path(arguments.output).parent)  # first: a plan whose weights are missing is of no use
     plan.save(arguments.output)
-    plan.save_overlay(Path(arguments.output).parent)
     from sglp_deploy.cli.show import describe
 
     console.result(describe(plan.to_json()) + f"\n\nwritten to {arguments.output}", plan.to_json())
@@ -159,10 +160,11 @@ def run_evaluate(arguments: argparse.Namespace, console: Console) -> int:
     session.settle_connection(console, arguments.model, arguments.text)
     text = session.held_out_set(arguments.text, max_tokens=arguments.tokens, sequence_length=arguments.chunk)
     compressor = session.plain_compressor(arguments, console)
-    from sglp_deploy.tasks.language import perplexity
+    from sglp_deploy.tasks import task_of
 
+    task = task_of(compressor.model)
     batches = text.encode(compressor.tokenizer)
-    found = perplexity(
+    found = task.evaluate(
         compressor.model, batches, progress=lambda done, total: console.progress("evaluate", done, total)
     )
     value = {

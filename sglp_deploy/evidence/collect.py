@@ -20,8 +20,9 @@ from sglp_deploy.errors import CalibrationError, ConfigError
 from sglp_deploy.evidence.hsic import LEAST_ROWS
 from sglp_deploy.evidence.probes import PROBES, make_probes
 from sglp_deploy.evidence.probes.base import Minibatch, Seen
-from sglp_deploy.evidence.statistics import LayerStats
+from sglp_deploy.evidence.statistics import MEASURED, LayerStats
 from sglp_deploy.models import LayerStack, layer_stack
+from sglp_deploy.models.library import evaluating
 
 if TYPE_CHECKING:
     from sglp_deploy.evidence.text import TokenBatches
@@ -116,6 +117,7 @@ def collect_layer_stats(
             "give longer text"
         )
     seen = Seen(n_batches, n_compared, n_tokens)
+    found = {name: value for probe in chosen_probes for name, value in probe.result(seen).items()}
     parameters = np.array([sum(p.numel() for p in layer.parameters()) for layer in stack.layers], dtype=np.int64)
     return LayerStats(
         layer_names=stack.names,
@@ -133,7 +135,8 @@ def collect_layer_stats(
             "seed": seed,
         },
         elapsed_s=time.perf_counter() - started,
-        **{name: value for probe in chosen_probes for name, value in probe.result(seen).items()},
+        more={name: value for name, value in found.items() if name not in MEASURED},
+        **{name: value for name, value in found.items() if name in MEASURED},
     )
 
 
@@ -172,16 +175,13 @@ def _gradients_of_layers(model: nn.Module, stack: LayerStack, *, wanted: bool) -
     """Gradients on for the layers where ``wanted`` and off for everything else; the model is as it was afterwards."""
     trained = {id(parameter) for layer in stack.layers for parameter in layer.parameters()} if wanted else set()
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # dropout would make the plan depend on chance
     for parameter, _, _ in before:
         parameter.requires_grad_(id(parameter) in trained)
         parameter.grad = None
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
             parameter.grad = gradient
-        for module, mode in modes:
-            module.training = mode

@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from sglp_deploy.errors import CalibrationError
+from sglp_deploy.errors import CalibrationError, PlanError
 from sglp_deploy.evidence.collect import collect_layer_stats
 from sglp_deploy.evidence.probes import PROBES, make_probes
 from sglp_deploy.evidence.probes.base import hidden_into, hidden_of
 from sglp_deploy.evidence.statistics import LayerStats
 from sglp_deploy.models import LayerStack
+from sglp_deploy.models.library import evaluating
 from sglp_deploy.models.proof import passed_over
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class ModelEvidence:
         self._settings: dict[str, Any] = {"rows": rows, "skip_positions": skip_positions, "seed": seed}
         self._progress = progress
         self._taken = _Taken()
+        self._used: list[LayerStats] = []
+        self._ran = False  # whether the model ran for this view in another way than a pass with probes
         self.seed = seed
         self.groups: tuple[tuple[int, ...], ...] = ()
 
@@ -105,9 +108,13 @@ class ModelEvidence:
             CalibrationError: If the calibration rows cannot support it.
         """
         names = tuple(probe.name for probe in make_probes(probes))
-        for taken, stats in self._taken.stats.items():
-            if set(names) <= set(taken):
-                return stats
+        stats = next((stats for taken, stats in self._taken.stats.items() if set(names) <= set(taken)), None)
+        stats = stats or self._pass(names)
+        if not any(each is stats for each in self._used):
+            self._used.append(stats)
+        return stats
+
+    def _pass(self, names: tuple[str, ...]) -> LayerStats:
         stats = collect_layer_stats(
             self._model,
             self._make_batches(),
@@ -123,9 +130,12 @@ class ModelEvidence:
         """Mean loss on the calibration rows with ``layers`` passed over, nats per prediction; taken once for each set.
 
         Raises:
+            PlanError: If there is no such layer.
             CalibrationError: If it is not finite.
         """
         gone = tuple(sorted(set(layers)))
+        self._check(gone, self.n_layers - 1)
+        self._ran = True
         if gone not in self._taken.losses:
             self._taken.losses[gone] = self._loss(gone)
         return self._taken.losses[gone]
@@ -141,34 +151,66 @@ class ModelEvidence:
 
         Yields:
             Boundary to its rows, shape (tokens of the minibatch, width), float32.
+
+        Raises:
+            PlanError: If there is no such boundary or layer.
         """
+        self._check(boundaries, self.n_layers)
+        self._check(without, self.n_layers - 1)
+        self._ran = True
         kept = [layer for layer in range(self.n_layers) if layer not in set(without)]
         for batch in self._batches():
             valid = torch.from_numpy(self._task.valid(batch))
             seen: dict[int, torch.Tensor] = {}
             # After the hooks that pass layers over, so that what is seen is what is handed on.
-            with passed_over(self._stack, kept), _watching(self._stack, boundaries, seen), torch.inference_mode():
+            with self._passing(kept), _watching(self._stack, boundaries, seen), torch.inference_mode():
                 self._task.loss(self._model, batch)
             yield {at: seen[at].float().cpu()[valid].numpy() for at in boundaries}
 
+    def weights(self, layer: int) -> dict[str, torch.Tensor]:
+        """The tensors of one layer under their names in the unpruned model; not to be changed.
+
+        Raises:
+            PlanError: If there is no such layer.
+        """
+        self._check([layer], self.n_layers - 1)
+        name = self._stack.names[layer]
+        own = self._stack.layers[layer].named_parameters(remove_duplicate=False)
+        return {f"{name}.{leaf}": parameter.detach() for leaf, parameter in own}
+
     def record(self) -> dict[str, Any]:
-        """What was looked at, for the plan: ``counts``, ``options`` and ``elapsed_s`` of the passes so far."""
-        passes = list(self._taken.stats.values())
-        if passes:
-            last = passes[-1]
-            counts = {"n_samples": last.n_samples, "n_tokens": last.n_tokens, "n_rows": max(p.n_rows for p in passes)}
-            return {"counts": counts, "options": last.options, "elapsed_s": sum(p.elapsed_s for p in passes)}
-        if not self._taken.losses:
+        """What this view has looked at: ``counts``, ``options`` and ``elapsed_s`` of its passes."""
+        if self._used:
+            last = self._used[-1]
+            n_rows = max(each.n_rows for each in self._used)
+            counts = {"n_samples": last.n_samples, "n_tokens": last.n_tokens, "n_rows": n_rows}
+            return {"counts": counts, "options": last.options, "elapsed_s": sum(each.elapsed_s for each in self._used)}
+        if not self._ran:
             return {"counts": {}, "options": {}, "elapsed_s": 0.0}
         batches = self._make_batches()
         counts = {"n_samples": batches.n_samples, "n_tokens": batches.n_tokens, "n_rows": 0}
         return {"counts": counts, "options": {}, "elapsed_s": 0.0}
 
-    def constrained(self, groups: Sequence[Sequence[int]]) -> ModelEvidence:
-        """The same evidence, whose layers can only go together in ``groups``."""
+    def view(self, groups: Sequence[Sequence[int]] = ()) -> ModelEvidence:
+        """The same evidence for one decision: what was measured is shared, the record begins anew."""
         view = copy.copy(self)
         view.groups = tuple(tuple(group) for group in groups)
+        view._used, view._ran = [], False
         return view
+
+    def _check(self, numbers: Sequence[int], last: int) -> None:
+        """Refuse numbers outside 0 to ``last``: an answer about a layer that is not there would mislead a method."""
+        wrong = [number for number in numbers if not 0 <= number <= last]
+        if wrong:
+            raise PlanError(
+                f"the planner asks about {wrong[0]} and the model counts from 0 to {last}; the planner is at fault; "
+                "report it to its author"
+            )
+
+    @contextmanager
+    def _passing(self, kept: Sequence[int]) -> Iterator[None]:
+        with evaluating(self._model), passed_over(self._stack, kept):
+            yield
 
     def _batches(self) -> TokenBatches:
         batches = self._make_batches()
@@ -181,7 +223,7 @@ class ModelEvidence:
         report = self._stage(f"loss without {', '.join(map(str, gone)) or 'none'}")
         nats, predictions = 0.0, 0
         for done, batch in enumerate(batches):
-            with passed_over(self._stack, kept), torch.inference_mode():
+            with self._passing(kept), torch.inference_mode():
                 loss, count = self._task.loss(self._model, batch)
             nats += float(loss) * count
             predictions += count

@@ -41,6 +41,7 @@ class LayerStats:
         n_samples: Sequences seen.
         n_tokens: Tokens seen, padding excluded.
         n_rows: Rows that entered the similarity, over all minibatches.
+        more: What probes left that have no field here, by name, each (L) or (L, L).
         options: How rows were made: ``rows`` ("rms" or "raw"), ``skip_positions``, ``rows_per_batch``, ``seed``.
         elapsed_s: Wall time of the pass.
     """
@@ -61,6 +62,7 @@ class LayerStats:
     grad_weight_sum: NDArray[np.float64] | None = None
     grad_output: NDArray[np.float64] | None = None
     taylor: NDArray[np.float64] | None = None
+    more: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     elapsed_s: float = 0.0
 
@@ -92,12 +94,12 @@ class LayerStats:
 
     @property
     def measured(self) -> dict[str, NDArray[np.float64]]:
-        """What probes left, by field."""
+        """What probes left, by name."""
         found = {name: getattr(self, name) for name in MEASURED}
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in found.items() if value is not None} | dict(self.more)
 
     def need(self, name: str) -> NDArray[np.float64]:
-        """The field ``name``, shape (L,) or (L, L).
+        """What a probe left under ``name``, shape (L,) or (L, L).
 
         Raises:
             CalibrationError: If no probe has taken it.
@@ -114,7 +116,7 @@ class LayerStats:
         return {
             item.name: value.tolist() if isinstance(value := getattr(self, item.name), np.ndarray) else value
             for item in fields(self)
-        }
+        } | {"more": {name: value.tolist() for name, value in self.more.items()}}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> LayerStats:
@@ -128,6 +130,7 @@ class LayerStats:
             facts: dict[str, Any] = {
                 name: None if value[name] is None else np.asarray(value[name], dtype=np.float64) for name in MEASURED
             }
+            facts["more"] = {name: np.asarray(each, dtype=np.float64) for name, each in value["more"].items()}
             facts |= {name: int(value[name]) for name in ("other_parameters", "n_samples", "n_tokens", "n_rows")}
             facts |= {name: float(value[name]) for name in ("loss", "elapsed_s")}
             facts["layer_names"] = tuple(map(str, value["layer_names"]))
@@ -137,5 +140,5 @@ class LayerStats:
             return cls(**facts)
         except KeyError as error:
             raise ArtifactError(f"the statistics lack {error}; the file is not complete; calibrate again") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"a field of the statistics is wrong; {error}; calibrate again") from error

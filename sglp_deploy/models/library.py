@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -75,6 +76,18 @@ def layer_stack(module: nn.Module, name: str | None = None) -> LayerStack:
         if name in (stack.path, stack.side):
             return stack
     raise unknown_name("layer stack", name, [stack.side if len(stacks) > 1 else stack.path for stack in stacks])
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """``module`` in evaluation mode, and as it was afterwards: dropout would make a measurement depend on chance."""
+    modes = [(each, each.training) for each in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, mode in modes:
+            each.training = mode
 
 
 def parameter_sizes(module: nn.Module, stack: LayerStack) -> dict[str, Any]:

@@ -104,9 +104,19 @@ def _with_weights(plan: PruningPlan, artifact: ExportArtifact, given: str | Path
     # An artifact of a run lies in artifacts/NAME, its checkpoint one level higher.
     places = [Path(recorded)] if recorded else []
     places += [above / OVERLAY_FILE for above in artifact.path.absolute().parents[:2]]
+    wrong: list[str] = []
     for place in places:
         if place.is_file():
-            return plan.with_weights_from(place)
+            found = plan.with_weights_from(place)
+            try:
+                assert found.weights is not None
+                found.weights.tensors  # noqa: B018  # reading them compares the digest
+            except ArtifactError as error:
+                wrong.append(str(error))  # of another plan by now; the right one may lie elsewhere
+                continue
+            return found
+    if wrong:
+        raise ArtifactError(wrong[0])
     digest = str(plan.overlay["digest"])[:12]
     raise ArtifactError(
         f"the weights that the plan of {artifact.path} changes (digest {digest}) are not at hand; {places[0]} does not "

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from importlib import metadata
-from typing import Any, Final, cast, get_type_hints
+from typing import Any, Final, cast, get_args, get_type_hints
 
+from sglp_deploy import _io
 from sglp_deploy._names import unknown_name
 from sglp_deploy.errors import ConfigError
 from sglp_deploy.planners.seam import Planner
 
 PLANNERS: Final[Mapping[str, str]] = {"sglp": "sglp_deploy.planners.sglp:SglpPlanner"}
 PLANNER_GROUP: Final = "sglp_deploy.planners"
+_RESERVED: Final = ("statistics", "groups")  # keys of a plan's options that are no planner's
 
 
 def planner_names() -> list[str]:
@@ -34,13 +37,12 @@ def planner(name: str) -> Planner:
         try:
             made = entry.load()
             made = made() if isinstance(made, type) else made
-            if not isinstance(made, Planner):
-                raise TypeError(f"{entry.attr} lacks one of name, source, Options, decide")
+            _check_shape(made, entry.attr)
+            return cast(Planner, made)
         except Exception as error:
             raise ConfigError(
                 f"the planner {name!r} ({entry.value}) cannot be loaded; {error}; reinstall or remove that package"
             ) from error
-        return made
     raise unknown_name("method", name, planner_names())
 
 
@@ -75,20 +77,59 @@ def read_options(name: str, given: Mapping[str, Any]) -> Any:
         made = options(**values)
     except ConfigError as error:
         faults += error.faults
+    except (TypeError, ValueError) as error:
+        faults.append(f"the planner {name!r} refuses its options; {error}; correct them")
     if faults:
         raise ConfigError(faults)
     return made
 
 
-def _fit(value: Any, hint: Any) -> Any:
-    """``value`` as the type ``hint``; a text is read as that type.
+def recorded_options(name: str, options: Any) -> dict[str, Any]:
+    """The options as a plan records them, as JSON values.
+
+    SGLP's criterion and quota are fields of the plan itself; plans of before had them there alone.
+    """
+    left_out = ("criterion", "quota") if name == "sglp" else ()
+    return {key: _io.plain(value) for key, value in asdict(options).items() if key not in left_out}
+
+
+def _check_shape(made: Any, what: str) -> None:
+    """Refuse a planner whose parts are not what the seam says.
 
     Raises:
-        ValueError: If it does not fit.
+        TypeError: Saying what is missing or wrong.
+    """
+    if isinstance(made, type) or not isinstance(made, Planner):
+        raise TypeError(f"{what} lacks one of name, source, Options, decide")
+    options = made.Options
+    if not (isinstance(options, type) and is_dataclass(options)):
+        raise TypeError(f"Options of {what} is no dataclass")
+    for item in fields(options):
+        if item.default is MISSING and item.default_factory is MISSING:
+            raise TypeError(f"option {item.name} of {what} has no default")
+        if item.name in _RESERVED:
+            raise TypeError(f"option {item.name} of {what} has a name that plans use for something else")
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    """``value`` as the type ``hint``; a text is read as that type, "none" as nothing where that is allowed.
+
+    Raises:
+        ValueError: If it does not fit, or is a number that no plan can hold.
     """
     from pydantic import TypeAdapter  # here: a plan that is only read does not need it
 
-    return TypeAdapter(hint).validate_python(value)
+    kinds = get_args(hint) or (hint,)
+    if isinstance(value, str) and value.lower() == "none" and type(None) in kinds:
+        return None
+    if isinstance(value, bool) and bool not in kinds:
+        raise ValueError("true and false are no numbers")  # pydantic would read 1 and 0
+    if str in kinds and isinstance(value, int | float) and not set(kinds) & {int, float}:
+        value = str(value)
+    fitted = TypeAdapter(hint).validate_python(value)
+    if isinstance(fitted, float) and not math.isfinite(fitted):
+        raise ValueError("not finite")
+    return fitted
 
 
 def _words(hint: Any) -> str:

@@ -47,12 +47,19 @@ class Evidence(LayerFacts, Protocol):
         """The residual stream at boundaries 0 to L, minibatch by minibatch: boundary to rows (tokens, width)."""
         ...
 
-    def record(self) -> dict[str, Any]:
-        """What was looked at, for the plan: ``counts``, ``options`` and ``elapsed_s``."""
+    def weights(self, layer: int) -> Mapping[str, Any]:
+        """The tensors of one layer under their names in the unpruned model; for methods that merge, which copy them."""
         ...
 
-    def constrained(self, groups: Sequence[Sequence[int]]) -> Evidence:
-        """The same evidence, whose layers can only go together in ``groups``."""
+    def record(self) -> dict[str, Any]:
+        """What this view has looked at, for the plan: ``counts``, ``options`` and ``elapsed_s``."""
+        ...
+
+    def view(self, groups: Sequence[Sequence[int]] = ()) -> Evidence:
+        """The same evidence for one decision, whose layers can only go together in ``groups``.
+
+        What was measured before is shared; the record begins anew, so that a plan says what its own decision rests on.
+        """
         ...
 
 
@@ -70,7 +77,8 @@ class LayerDecision:
         similarity: CKA between layers, or None for a method that uses none.
         elapsed_s: Wall time by stage.
         weights: Tensors the method changes, under their names in the unpruned model, or None; they become the plan's
-            overlay (:mod:`sglp_deploy.overlay`).
+            overlay (:mod:`sglp_deploy.overlay`).  Numpy arrays will do.
+        weights_record: What the plan says of them beside the planner's name: the held-out loss before and after.
     """
 
     drop: tuple[int, ...]
@@ -82,6 +90,7 @@ class LayerDecision:
     similarity: Matrix | None = None
     elapsed_s: Mapping[str, float] = field(default_factory=dict)
     weights: Mapping[str, Any] | None = None
+    weights_record: Mapping[str, Any] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -178,7 +187,16 @@ class FixedEvidence:
         counts = {name: getattr(self.stats, name) for name in ("n_samples", "n_tokens", "n_rows")}
         return {"counts": counts, "options": self.stats.options, "elapsed_s": self.stats.elapsed_s}
 
-    def constrained(self, groups: Sequence[Sequence[int]]) -> FixedEvidence:
+    def weights(self, layer: int) -> Mapping[str, Any]:
+        """Not known without a model.
+
+        Raises:
+            PlanError: Always.
+        """
+        del layer
+        raise self._needs_model("weights")
+
+    def view(self, groups: Sequence[Sequence[int]] = ()) -> FixedEvidence:
         """See :class:`Evidence`."""
         return FixedEvidence(self.stats, self.seed, tuple(tuple(group) for group in groups))
 

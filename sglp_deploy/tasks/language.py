@@ -14,6 +14,7 @@ from torch import nn
 from sglp_deploy.errors import CalibrationError
 from sglp_deploy.evidence.text import CalibrationSet, TokenBatches
 from sglp_deploy.models import LoadedModel
+from sglp_deploy.models.library import evaluating
 from sglp_deploy.models.samples import generates
 from sglp_deploy.tasks import require
 
@@ -140,7 +141,7 @@ def perplexity(
     for done, (ids, mask) in enumerate(batches):
         tokens = torch.from_numpy(ids).to(model.device)
         attention = torch.from_numpy(mask).to(model.device)
-        with torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             logits = model(input_ids=tokens, attention_mask=attention, use_cache=False).logits[:, :-1]
             # Both the token and the one it is predicted from must be real, so padding may be on either side.
             predicted = (attention[:, 1:] == 1) & (attention[:, :-1] == 1)

@@ -76,7 +76,7 @@ def test_a_format_names_one_environment_for_each_kind_of_device() -> None:
 
 
 def test_every_environment_lies_beside_a_format() -> None:
-    brought = {name: {spec.name for spec in registry.facts(name).environments} for name in registry._BUILTIN}
+    brought = {name: {spec.name for spec in registry.facts(name).environments} for name in registry.BUILTIN}
     assert {name: found for name, found in brought.items() if found} == {
         "executorch": {"executorch"},
         "gguf": {"gguf"},
@@ -132,7 +132,7 @@ def test_listing_the_environments_loads_no_runtime() -> None:
         "import sys\nfrom sglp_deploy.cli.main import main\n"
         "assert main(['env', 'list', '-q']) == 0\n"
         "from sglp_deploy import registry\n"
-        "for name in registry._BUILTIN: registry.facts(name)\n"
+        "for name in registry.BUILTIN: registry.facts(name)\n"
         "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'openvino', 'gguf'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)"
     )

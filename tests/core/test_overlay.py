@@ -17,6 +17,7 @@ from torch import nn
 import tiny
 from planted import MODEL, planted_stats
 from sglp_deploy.errors import ArtifactError, PlanError, StorageError
+from sglp_deploy.materialize import materialize
 from sglp_deploy.overlay import OVERLAY_FILE, Overlay
 from sglp_deploy.plan import PruningPlan, keep_all_plan, make_plan
 from sglp_deploy.planners import registry
@@ -73,6 +74,60 @@ def test_a_file_gives_back_what_was_written_bfloat16_included(tmp_path: Path) ->
     assert again.named() == {"digest": made.digest, "n_tensors": 2, "bytes": 28, "made_by": MADE_BY}
     with safe_open(file, framework="pt") as opened:
         assert opened.metadata() == {"schema": "overlay/1"}
+
+
+def test_an_overlay_keeps_its_values_whatever_becomes_of_the_tensors_it_was_made_of(tmp_path: Path) -> None:
+    given = ONE.clone()
+    made = Overlay({"a.weight": given})
+    given.mul_(2)
+    assert torch.equal(made.tensors["a.weight"], ONE)
+    file = made.save(tmp_path / OVERLAY_FILE)
+    read = Overlay.open(file, made.named()).tensors["a.weight"]
+    data = file.read_bytes()
+    with file.open("r+b") as stream:  # in place, as a program might that does not write aside
+        stream.seek(len(data) - 4)
+        stream.write(b"\x00\x00\x80\x7f")
+    assert torch.equal(read, ONE)
+
+
+def test_an_overlay_whose_tensor_was_changed_is_not_written(tmp_path: Path) -> None:
+    made = overlay()
+    made.tensors["a.weight"].mul_(2)
+    with pytest.raises(PlanError, match="was changed after the overlay was made; the plan names other weights"):
+        made.save(tmp_path / OVERLAY_FILE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_the_pruned_model_does_not_change_the_overlay() -> None:
+    model = tiny.model("llama")
+    name = "model.layers.2.mlp.up_proj.weight"
+    made = Overlay({name: model.get_parameter(name) * 2})
+    plan = tiny.plan_for(model, (0, 2, 3, 5)).with_overlay(made)
+    pruned = materialize(model, plan, tiny.source(model)).module
+    with torch.no_grad():
+        pruned.get_parameter("model.layers.1.mlp.up_proj.weight").zero_()
+    assert torch.equal(made.tensors[name], model.get_parameter(name) * 2)
+
+
+def test_values_that_are_not_finite_are_refused_by_name() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(PlanError, match="the overlay's bias holds NaN or infinity; the model would give nonsense"):
+        Overlay({"bias": torch.tensor([0.0, float("nan")])}).check(model)
+
+
+@pytest.mark.parametrize(
+    ("overlay_facts", "fault"),
+    [
+        ({"digest": "a"}, "its overlay has no digest"),
+        ({"digest": "a" * 64, "n_tensors": 1, "bytes": 4}, "its overlay does not say who made it"),
+        ({"digest": "a" * 64, "n_tensors": 1, "bytes": 4, "made_by": 3}, "its overlay does not say who made it"),
+        ({"digest": "a" * 64, "made_by": [], "bytes": 4}, "its overlay does not say how large it is"),
+    ],
+)
+def test_a_plan_that_says_too_little_of_its_overlay_is_refused(overlay_facts: dict[str, Any], fault: str) -> None:
+    value = keep_all_plan(4, MODEL, versions={}).to_json() | {"overlay": overlay_facts}
+    with pytest.raises(PlanError, match=fault):
+        PruningPlan.from_json(value)
 
 
 def test_equal_overlays_are_equal_files(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from planted import MODEL, block_matrix, planted_stats
+from sglp_deploy import plan as plan_module
 from sglp_deploy.errors import ArtifactError, CalibrationError, ConfigError, PlanError
-from sglp_deploy.plan import Budget, PruningPlan, keep_all_plan, make_plan, planner_names
+from sglp_deploy.plan import Budget, LayerDecision, PruningPlan, keep_all_plan, make_plan, planner_names
+from sglp_deploy.planners.seam import NoOptions
 
 LITERAL = """
 {
@@ -329,6 +331,36 @@ class Tail:
 
 def function(stats, budget, options):
     return None
+
+@dataclass(frozen=True)
+class NamedOptions:
+    model: str = "small"
+    budget: int = 1
+    ratio: float = 0.5
+    limit: int | None = 7
+
+class Named(Tail):
+    Options = NamedOptions
+
+    def decide(self, evidence, budget, options):
+        return LayerDecision((1,), ((0, evidence.n_layers),))
+
+class Plain(Tail):
+    Options = int
+
+@dataclass(frozen=True)
+class NeedyOptions:
+    must: int
+
+class Needy(Tail):
+    Options = NeedyOptions
+
+@dataclass(frozen=True)
+class TakenOptions:
+    statistics: int = 1
+
+class Taken(Tail):
+    Options = TakenOptions
 """
 
 
@@ -339,6 +371,8 @@ def install_plugin(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (info / "entry_points.txt").write_text(
         "[sglp_deploy.planners]\ntail = third_party_planner:Tail\nbroken = third_party_planner:gone\n"
         "sglp = third_party_planner:Tail\nold = third_party_planner:function\n"
+        "named = third_party_planner:Named\nplain = third_party_planner:Plain\n"
+        "needy = third_party_planner:Needy\ntaken = third_party_planner:Taken\n"
     )
     (folder / "third_party_planner.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(folder)
@@ -383,6 +417,109 @@ def test_options_of_a_third_party_planner_are_its_own(tmp_path: Path, monkeypatc
         "unknown option of planner 'tail' 'criterion'",
     ]
     assert "did you mean 'offset'? the choices are offset, share" in caught.value.faults[0]
+
+
+class _Planted:
+    """A planner that answers what it was told to."""
+
+    name, source, Options = "planted", "none", NoOptions
+
+    def __init__(self, **decision: Any) -> None:
+        self._decision = decision
+
+    def decide(self, evidence: Any, budget: Any, options: Any) -> Any:
+        n = evidence.n_layers
+        return LayerDecision(**{"drop": (1, 2), "segments": ((0, n),)} | self._decision)
+
+
+def _planted(monkeypatch: pytest.MonkeyPatch, **decision: Any) -> None:
+    made = _Planted(**decision)
+    monkeypatch.setattr(plan_module, "planner", lambda name: made)
+    monkeypatch.setattr(plan_module, "read_options", lambda name, given: NoOptions())
+
+
+@pytest.mark.parametrize(
+    ("decision", "fault"),
+    [
+        ({"drop": (1, 2, 3)}, "it removes 3 layers, and 2 were to go"),
+        ({"drop": (1, 12)}, r"it removes layers \[1, 12\] of 0\.\.11"),
+        ({"drop": (1, 1)}, r"it removes layers \[1, 1\] of 0\.\.11"),
+        ({"drop": (0, 1)}, "it removes layer 0, which must stay"),
+        ({"drop": (1, 2.5)}, "the decision holds something that is no number"),
+        ({"scores": {"x": ("a",)}}, "the decision holds something that is no number"),
+    ],
+)
+def test_a_decision_that_is_not_what_was_asked_for_is_laid_at_the_planner_s_door(
+    decision: dict[str, Any], fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _planted(monkeypatch, **decision)
+    stats = planted_stats(prunable=(False, *[True] * 11))
+    with pytest.raises(PlanError, match=rf"{fault}.*; the planner 'planted' is at fault, report it to its author"):
+        plan_of(stats, Budget(drop=2), method="planted")
+
+
+def test_a_decision_in_numpy_s_numbers_is_a_plan_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = np.argsort(np.arange(12.0))
+    _planted(monkeypatch, drop=tuple(order[:2]), scores={"x": np.arange(12.0)}, criterion="x")
+    plan = plan_of(budget=Budget(drop=2), method="planted")
+    assert json.loads(json.dumps(plan.to_json()))["drop"] == [0, 1]
+    assert plan.digest() == PruningPlan.from_json(json.loads(json.dumps(plan.to_json()))).digest()
+
+
+def test_changed_weights_may_be_numpy_arrays_and_say_what_they_were_judged_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"loss_before": 3.0, "loss_after": 2.5}
+    _planted(monkeypatch, weights={"a.weight": np.ones((2, 3), dtype=np.float32)}, weights_record=record)
+    plan = plan_of(budget=Budget(drop=2), method="planted")
+    assert plan.overlay is not None
+    assert plan.overlay["made_by"] == [{"planner": "planted", **record}]
+    _planted(monkeypatch, weights={"a.weight": "no array"})
+    with pytest.raises(PlanError, match=r"changed weights are tensors or arrays; .*; the planner is at fault"):
+        plan_of(budget=Budget(drop=2), method="planted")
+
+
+def test_an_option_may_have_the_name_of_an_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_plugin(tmp_path, monkeypatch)
+    plan = plan_of(method="named", budget=Budget(drop=1), options={"model": "big", "budget": 3, "limit": "none"})
+    assert {name: plan.options[name] for name in ("model", "budget", "limit")} == {
+        "model": "big",
+        "budget": 3,
+        "limit": None,
+    }
+    assert plan.model == MODEL
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("budget", True), ("budget", "true"), ("budget", 1.5), ("ratio", "inf"), ("ratio", True)]
+)
+def test_a_value_that_only_looks_like_a_number_is_refused(
+    option: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_plugin(tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match=rf"{option}={value!r} does not fit planner 'named'; .* is read; correct"):
+        plan_of(method="named", budget=Budget(drop=1), options={option: value})
+
+
+def test_a_text_option_takes_what_looks_like_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_plugin(tmp_path, monkeypatch)
+    for value in ("2024", 2024):
+        plan = plan_of(method="named", budget=Budget(drop=1), options={"model": value})
+        assert plan.options["model"] == "2024"
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("plain", "Options of Plain is no dataclass"),
+        ("needy", "option must of Needy has no default"),
+        ("taken", "option statistics of Taken has a name that plans use for something else"),
+    ],
+)
+def test_options_that_are_not_what_the_seam_says_are_refused_when_the_planner_is_loaded(
+    name: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_plugin(tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match=rf"the planner '{name}' .* cannot be loaded; {fault}; reinstall or remove"):
+        plan_of(method=name)
 
 
 def test_planning_loads_neither_torch_nor_transformers() -> None:

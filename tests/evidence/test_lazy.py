@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 
 import tiny
 from sglp_deploy.errors import CalibrationError, ConfigError, PlanError
-from sglp_deploy.evidence import lazy
+from sglp_deploy.evidence import collect, lazy
 from sglp_deploy.evidence.lazy import ModelEvidence
-from sglp_deploy.evidence.statistics import MEASURED
+from sglp_deploy.evidence.statistics import MEASURED, LayerStats
 from sglp_deploy.evidence.text import TokenBatches
 from sglp_deploy.materialize import select_layers
 from sglp_deploy.models import layer_stack
@@ -58,7 +58,7 @@ def test_a_loss_is_taken_once_for_each_set_of_layers(monkeypatch: pytest.MonkeyP
     first = seen.loss_without((1, 4))
     monkeypatch.setattr(LanguageTask, "loss", lambda *_: pytest.fail("measured again"))
     assert seen.loss_without((4, 1)) == first
-    assert seen.constrained([(0, 1)]).loss_without((1, 4, 4)) == first
+    assert seen.view([(0, 1)]).loss_without((1, 4, 4)) == first
 
 
 def test_a_loss_that_is_not_finite_is_refused() -> None:
@@ -154,6 +154,80 @@ def test_the_record_of_a_method_that_only_takes_losses_counts_the_tokens() -> No
     seen = evidence(tiny.model("llama"))
     seen.loss_without((0,))
     assert seen.record()["counts"] == {"n_samples": 5, "n_tokens": 74, "n_rows": 0}
+
+
+def test_the_record_of_a_view_says_what_that_view_looked_at() -> None:
+    seen = evidence(tiny.model("llama"))
+    assert seen.stats.n_rows > 0
+    later = seen.view()
+    later.loss_without((0,))
+    assert later.record() == {"counts": {"n_samples": 5, "n_tokens": 74, "n_rows": 0}, "options": {}, "elapsed_s": 0.0}
+    later.measured("cka")  # taken before, and shared
+    assert later.record()["counts"]["n_rows"] == seen.stats.n_rows
+    assert seen.view([(0, 1)]).groups == ((0, 1),)
+    assert seen.groups == ()
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda e: e.loss_without((6,)), lambda e: list(e.hidden((8,))), lambda e: e.weights(-1)]
+)
+def test_a_layer_that_is_not_there_is_refused(ask: Any) -> None:
+    with pytest.raises(PlanError, match=r"the planner asks about -?\d and the model counts from 0 to \d; the"):
+        ask(evidence(tiny.model("llama")))
+
+
+def test_weights_of_a_layer_have_their_names_in_the_unpruned_model() -> None:
+    model = tiny.model("llama")
+    found = evidence(model).weights(2)
+    wanted = {name: value for name, value in model.named_parameters() if name.startswith("model.layers.2.")}
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert not any(value.requires_grad for value in found.values())
+
+
+def test_dropout_has_no_say_and_the_model_keeps_its_mode() -> None:
+    model = tiny.model("llama", attention_dropout=0.5)
+    calm = evidence(model).loss_without((1,))
+    model.train()
+    assert evidence(model).loss_without((1,)) == calm
+    (first, *_) = evidence(model).hidden((6,))
+    (again, *_) = evidence(model).hidden((6,))
+    np.testing.assert_array_equal(first[6], again[6])
+    assert all(module.training for module in model.modules())
+
+
+def test_a_probe_may_leave_what_no_field_of_the_statistics_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Widest:
+        name, backward = "widest", False
+
+        def attach(self, stack: Any) -> list[Any]:
+            self.found = np.zeros(stack.n_layers)
+            return [layer.register_forward_hook(self._left(index)) for index, layer in enumerate(stack.layers)]
+
+        def _left(self, index: int) -> Any:
+            def hook(_layer: Any, _given: Any, output: Any) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                self.found[index] = max(self.found[index], float(hidden.abs().max()))
+
+            return hook
+
+        def begin(self, batch: Any) -> None:
+            del batch
+
+        def end(self, scale: float) -> None:
+            del scale
+
+        def result(self, seen: Any) -> dict[str, Any]:
+            return {"widest": self.found * bool(seen.n_batches)}
+
+    monkeypatch.setattr(lazy, "make_probes", lambda names: (Widest(),))
+    monkeypatch.setattr(collect, "make_probes", lambda names: (Widest(),))
+    stats = evidence(tiny.model("llama")).measured("widest")
+    assert stats.need("widest").shape == (6,)
+    assert (stats.need("widest") > 0).all()
+    assert set(stats.measured) == {"widest"}
+    again = LayerStats.from_json(stats.to_json())
+    np.testing.assert_array_equal(again.need("widest"), stats.need("widest"))
 
 
 def test_statistics_alone_answer_no_question_that_needs_the_model() -> None:

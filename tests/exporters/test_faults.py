@@ -425,5 +425,5 @@ def test_every_format_that_can_be_opened_is_here_or_has_tests_of_its_own() -> No
         "gguf": "test_gguf.py",
         "optimum": "test_optimum.py",
     }
-    built_in = set(registry._BUILTIN)
+    built_in = set(registry.BUILTIN)
     assert built_in <= set(FORMATS) | set(elsewhere)
