@@ -107,7 +107,10 @@ class RunConfig(Settings):
             faults.append("no export format is given; nothing would be deployed; pass --to onnx")
         faults += self._export_faults()
         try:
-            read_options(self.method, self.plan_options)
+            chosen = read_options(self.method, self.plan_options)
+            # As the planner reads them: a flag and a file that mean the same are the same to a resumed run.
+            read = {key: getattr(chosen, key) for key in self.plan_options}
+            object.__setattr__(self, "plan_options", read)
         except ConfigError as error:
             faults += error.faults
         faults += self._value_faults()

@@ -195,7 +195,7 @@ def test_plugins_lists_exporters_and_planners(capsys: pytest.CaptureFixture[str]
 
 
 def test_show_prints_any_file_and_any_folder_of_ours(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert answer(capsys, "show", run)["schema"] == "run/1"
+    assert answer(capsys, "show", run)["schema"] == "run/2"
     assert answer(capsys, "show", run / "plan.json")["schema"] == "plan/3"
     assert answer(capsys, "show", run / "artifacts" / "onnx")["schema"] == "artifact/1"
 

@@ -70,7 +70,7 @@ def test_a_failed_certificate_shows_its_reasons_and_what_was_not_finite(run: Pat
     value["cases"][0] |= {"passed": False, "statistics": None}
     text = show.describe(value)
     assert text.startswith("parity FAILED")
-    assert "FAIL" in next(line for line in text.splitlines() if line.startswith("prompt 1 "))
+    assert "FAIL" in next(line for line in text.splitlines() if line.startswith(value["cases"][0]["name"]))
     assert text.endswith("reason: prompt 1: NaN or Inf in the logits")
 
 

@@ -61,7 +61,7 @@ def test_a_vector_of_another_length_is_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("taylor", None, "a field of the statistics is wrong; taylor has shape .*; calibrate again"),
+        ("taylor", 3.0, r"a field of the statistics is wrong; taylor has shape \(\), .*; calibrate again"),
         ("taylor", ["a"] * 12, "a field of the statistics is wrong; could not convert string to float: 'a'; calib"),
         ("hsic_biased", [[1.0, 2.0], [3.0]], "a field of the statistics is wrong; .*inhomogeneous"),
         ("parameters", [1, 2], r"a field of the statistics is wrong; parameters has shape \(2,\), expected \(12,\)"),
