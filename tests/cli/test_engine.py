@@ -189,3 +189,19 @@ def test_what_a_stage_wrote_beside_its_outputs_is_an_output_too(tmp_path: Path) 
     assert go("x").ran == ["first"]
     (tmp_path / "run" / "more.txt").unlink()
     assert go("other").ran == ["first", "second"]
+
+
+def test_a_stage_that_fails_in_a_way_nobody_foresaw_is_not_left_running(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+
+    def breaks() -> None:
+        raise ValueError("a plugin's own")
+
+    with run.engine.opened():
+        with pytest.raises(ValueError, match="a plugin's own"):
+            run.engine.stage("breaks", {}, [], [], breaks)
+        with pytest.raises(OSError, match=r"missing\.txt"):
+            run.engine.stage("writes nothing", {}, [], ["missing.txt"], lambda: None)
+    stages = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]
+    assert {name: stage["state"] for name, stage in stages.items()} == {"breaks": "failed", "writes nothing": "failed"}
+    assert stages["breaks"]["note"] == "ValueError: a plugin's own"
