@@ -32,12 +32,13 @@ VISION := .cache/vision
 OLDEST := .cache/oldest
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
-.PHONY: help demo test test-vision test-vllm test-gguf test-optimum test-modelopt test-executorch exports test-oldest lint check format wheel clean
+.PHONY: help demo test test-slow test-vision test-vllm test-gguf test-optimum test-modelopt test-executorch exports test-oldest lint check format wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    prune, export, verify and measure a real 30-layer model (CPU)"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests, but for those that take more than about ten seconds each"
+	@echo "make test-slow    those; continuous integration runs them too"
 	@echo "make test-vision  only the tests of the adapters for timm and torchvision, in a process of their own"
 	@echo "make test-vllm    load pruned models in vLLM itself (makes an environment of 3.4 GB)"
 	@echo "make test-gguf    convert pruned models to GGUF and run them in llama.cpp (makes an environment of 1.2 GB)"
@@ -84,8 +85,11 @@ exports: $(VENV)/.installed-dev $(DEMO_MODEL)
 	exit $$status
 
 test: $(VENV)/.installed-dev $(VISION)/.installed
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 	PYTHONPATH=$(VISION) $(BIN)/python -m pytest $(PARALLEL) tests/vision_libraries
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 # Make an environment, then run the tests that need it: name, variable for its interpreter, file.
 define test_in

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import tiny
-from exports import Exported, compressed
+from exports import Exported, compressed, keep_trace
 from sglp_exporters.onnx import layer_template
 from sglp_exporters.onnx.exporter import OnnxExporter
 
@@ -18,11 +18,11 @@ from sglp_exporters.onnx.exporter import OnnxExporter
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Exported]]:
     """Baseline, pruned ("pruned") and a baseline of other weights ("other") of a family, by its name."""
-    traces: list[int] = []
+    made: list[int] = []
     trace = layer_template.trace_decoder
 
     def counted(module: Any) -> Any:
-        traces.append(1)
+        made.append(1)
         return trace(module)
 
     @cache
@@ -33,12 +33,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
             "other": compressed(family, seed=1),
         }
         folder = tmp_path_factory.mktemp(family)
-        before = len(traces)
+        before = len(made)
         OnnxExporter._template = None
         artifacts = {name: OnnxExporter().export(model, folder / name) for name, model in models.items()}
         template = OnnxExporter._template
         assert template is not None
-        return Exported(models, artifacts, len(traces) - before, template)
+        keep_trace(template)
+        return Exported(models, artifacts, len(made) - before, template)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer_template, "trace_decoder", counted)

@@ -23,14 +23,13 @@ from safetensors.torch import load_file, save_file
 
 import mutations
 import tiny
-from exports import Exported
+from exports import Exported, share_traces
 from sglp_bench.measure.worker import run_block
 from sglp_bench.workloads.generate import Workload
 from sglp_deploy import CalibrationSet, Compressor, registry
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import BackendError, SGLPError
 from sglp_deploy.parity.certificate import ParityReport
-from sglp_exporters.onnx.exporter import OnnxExporter
 from sglp_exporters.runners import stored_weights
 from short_certificates import fewer_steps
 
@@ -292,7 +291,8 @@ class Made:
 def made(exported: Callable[[str], Exported], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     with pytest.MonkeyPatch.context() as patch:
         fewer_steps(patch)
-        patch.setattr(OnnxExporter, "_template", exported("llama").template)  # the trace the whole session shares
+        exported("llama")  # the trace the whole session shares
+        share_traces(patch)
         yield Made(tmp_path_factory.mktemp("right"))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 import mutations
 import tiny
 import zoo
+from exports import share_traces
 from overlays import overlay_of
 from sglp_bench.judge.certificates import certification, require_certificates
 from sglp_deploy import CalibrationSet, Compressor
@@ -56,11 +57,14 @@ def _planned(made: Compressor, family: str, folder: Path, *names: str) -> Prunin
 
 
 @pytest.mark.parametrize("family", KEEP)
-def test_an_artifact_with_an_overlay_is_certified_and_may_be_measured(family: str, tmp_path: Path) -> None:
+def test_an_artifact_with_an_overlay_is_certified_and_may_be_measured(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The trace is the unpruned model's own: what is laid into it must be the overlay's values."""
     made = _compressor(family)
     plan = _planned(made, family, tmp_path)
     mutations.forget_trace()
+    share_traces(monkeypatch)
     made.export(made.keep_all(), "onnx", tmp_path / "baseline")
     for format_name in ("onnx", "torch", "vllm"):
         artifact = made.export(plan, format_name, tmp_path / format_name)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import tiny
 import zoo
+from exports import share_traces
 from sglp_deploy.artifact import ExportArtifact, TensorSpec
 from sglp_deploy.compressor import Compressor
 from sglp_deploy.errors import ArtifactError
@@ -138,7 +139,8 @@ def test_a_model_without_such_a_cache_refuses_any() -> None:
         check_cache_layout(_artifact(3), model)
 
 
-def test_verify_checks_the_layout_of_a_graph(tmp_path: Path) -> None:
+def test_verify_checks_the_layout_of_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    share_traces(monkeypatch)
     loaded = tiny.loaded("llama", num_hidden_layers=3)
     compressor = Compressor(loaded)
     plan = compressor.plan_by_hand([1])

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import tiny
+from exports import share_traces
 from sglp_deploy import CalibrationSet, Compressor
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, BackendError, CalibrationError, ConfigError, ParityError
@@ -128,7 +129,10 @@ def test_the_same_model_in_another_wrapper_passes_with_no_difference_at_all(fami
     assert report.runner == "TorchRunner"
 
 
-def test_the_onnx_artifact_of_a_pruned_model_passes_all_cases_and_steps(tmp_path: Path) -> None:
+def test_the_onnx_artifact_of_a_pruned_model_passes_all_cases_and_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share_traces(monkeypatch)
     # Loaded from a folder, as in test_compressor.py: models of equal configuration share one trace, which is slow.
     loaded = AutoModelForCausalLM.from_pretrained(tiny.save_tiny(tmp_path / "model"))
     pruned = materialize(loaded, tiny.plan_for(loaded, tiny.KEEP["llama"]), tiny.source(loaded))

@@ -14,6 +14,7 @@ import pytest
 
 import bench_results
 import tiny
+from exports import share_traces
 from once import once
 from sglp_bench.judge.certificates import require_certificates
 from sglp_bench.result import BenchmarkResult, artifact_facts
@@ -46,7 +47,8 @@ def fake_run_arms(arms: Mapping[str, ExportArtifact], workload: Workload, **opti
 
 
 def quick(patch: pytest.MonkeyPatch) -> None:
-    """Runs of the whole line take planted times and certificates of few steps."""
+    """Runs of the whole line take planted times, certificates of few steps, and traces that are there."""
+    share_traces(patch)
     patch.setattr(pipeline, "run_arms", fake_run_arms)
     fewer_steps(patch)
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tiny
+from exports import share_traces
 from sglp_deploy import CalibrationSet, Compressor, materialize
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, BackendError, PlanError, SGLPError, UnsupportedModelError
@@ -560,7 +561,9 @@ class Bench:
         """An artifact that was made right."""
         key = (subject.name, to)
         if key not in self._artifacts:
-            self._artifacts[key] = self.export(subject, to, self._folder / subject.name / to).path
+            with pytest.MonkeyPatch.context() as patch:
+                share_traces(patch)
+                self._artifacts[key] = self.export(subject, to, self._folder / subject.name / to).path
         return self._artifacts[key]
 
     def verify(self, subject: Subject, folder: Path) -> str:

@@ -26,18 +26,22 @@ from short_certificates import fewer_steps
 # More than ten seconds each, or a near relative of a family that is always run.
 SLOW = {
     "albert-two-groups",
+    "bart",
     "deberta-v2-convolution",
+    "deepseek_v3",
     "dinov2-with-registers",
     "gemma3n",
     "gemma4-embeddings",
     "gemma4-shared",
     "hubert",
+    "llama4",
     "mt5",
     "qwen3_moe-step",
     "resnet-basic",
     "smollm3-window",
     "swinv2",
     "t5-gated",
+    "wav2vec2-conformer",
     "wav2vec2-convolutions-as-deep",
 }
 

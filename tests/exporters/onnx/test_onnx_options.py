@@ -20,7 +20,7 @@ import torch
 
 import tiny
 import zoo
-from exports import Exported, compressed
+from exports import Exported, compressed, share_traces
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.cli.main import main
 from sglp_deploy.compressor import Compressor
@@ -68,12 +68,19 @@ def made(exported: Lookup, tmp_path_factory: pytest.TempPathFactory) -> Made:
     compressor = Compressor(tiny.loaded("llama"))
     plan = compressor.plan_by_hand([1, 4])
     folder = tmp_path_factory.mktemp("onnx")
-    artifacts = {"fp16": compressor.export(plan, "onnx", folder / "fp16", precision="fp16")}
+    with pytest.MonkeyPatch.context() as patch:
+        share_traces(patch)
+        artifacts = {"fp16": compressor.export(plan, "onnx", folder / "fp16", precision="fp16")}
     OnnxExporter._template = exported("llama").template  # the others are made from the model's own float32
     for precision in ("fp32", *QUANTISED):
         artifacts[precision] = compressor.export(plan, "onnx", folder / precision, precision=precision)
     assert OnnxExporter._template is exported("llama").template
     return Made(compressor, plan, artifacts, exported("llama").template)
+
+
+@pytest.fixture
+def shared_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    share_traces(monkeypatch)
 
 
 def _specimen(name: str) -> Compressor:
@@ -187,6 +194,7 @@ def test_a_table_tied_to_the_output_head_is_stored_once_in_8_bits(made: Made, pr
     )
 
 
+@pytest.mark.usefixtures("shared_traces")
 def test_an_output_head_of_its_own_is_quantised_like_the_rest(tmp_path: Path) -> None:
     compressor = Compressor(tiny.loaded("llama-untied", num_hidden_layers=2))
     artifact = compressor.export(compressor.plan_by_hand([1]), "onnx", tmp_path / "artifact", precision="int4")
@@ -216,6 +224,7 @@ def test_either_kind_of_block_is_certified(made: Made, tmp_path: Path, precision
     assert report.passed, report.reasons
 
 
+@pytest.mark.usefixtures("shared_traces")
 def test_a_family_whose_products_carry_a_bias_is_quantised_and_certified(tmp_path: Path) -> None:
     compressor = _specimen("gpt2")  # its matrices lie the other way round, in Gemm
     plan = compressor.plan_by_hand([1])
@@ -376,6 +385,7 @@ def test_defaults_depend_on_the_precision_and_nothing_else() -> None:
     assert [read_options({"precision": each}, "fp32").bits for each in QUANTISED] == [8, 4]
 
 
+@pytest.mark.usefixtures("shared_traces")
 def test_the_command_line_exports_and_verifies_a_quantised_graph(tmp_path: Path) -> None:
     compressor = Compressor.from_pretrained(tiny.save_tiny(tmp_path / "model", num_hidden_layers=2))
     compressor.plan_by_hand([0]).save(tmp_path / "plan.json")

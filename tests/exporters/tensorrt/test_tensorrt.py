@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import tiny
-from exports import Exported, compressed
+from exports import Exported, compressed, share_traces
 from sglp_deploy import Compressor, registry
 from sglp_deploy.artifact import ExportArtifact, TensorSpec
 from sglp_deploy.errors import ArtifactError, BackendError, ConfigError, MissingDependencyError
@@ -64,7 +64,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Made:
     loaded = tiny.loaded("llama", num_hidden_layers=2)
     model = materialize(loaded.module, tiny.plan_for(loaded.module, (1,)), loaded.source)
     folder = tmp_path_factory.mktemp("engine") / "engine"
-    made = TensorRTExporter().export(model, folder, target="sm_86,rtx-4090", precision="fp16", max_batch=4)
+    with pytest.MonkeyPatch.context() as patch:
+        share_traces(patch)
+        made = TensorRTExporter().export(model, folder, target="sm_86,rtx-4090", precision="fp16", max_batch=4)
     return Made(loaded, model, made)
 
 
