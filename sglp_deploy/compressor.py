@@ -17,6 +17,7 @@ from sglp_deploy.parity.verify import verify_with_plan
 from sglp_deploy.plan import PruningPlan, by_hand_plan, keep_all_plan, make_plan
 from sglp_deploy.planners.budget import Budget, check_parameter_budget
 from sglp_deploy.planners.registry import read_options
+from sglp_deploy.repairs.judged import repaired
 from sglp_deploy.tasks import task_of
 
 if TYPE_CHECKING:
@@ -202,6 +203,37 @@ class Compressor:
         plan = by_hand_plan(self.n_layers, drop, model)
         self.stack.check_removable(plan.drop)
         return materializing.with_config_changes(plan, self.model, self._stack_name)
+
+    def repair(
+        self,
+        plan: PruningPlan,
+        method: str = "refit",
+        *,
+        calibration: CalibrationSet | None = None,
+        options: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> PruningPlan:
+        """Make up for the removed layers by changing kept weights; see :func:`sglp_deploy.repairs.judged.repaired`.
+
+        Args:
+            plan: Which layers go.
+            method: Name of a repair: "refit", "local", "linear" or "scale".
+            calibration: What to fit on; the calibration data of this object when omitted.
+            options: For the repair.
+            more: Options of the repair as well.
+        """
+        chosen = self._calibration if calibration is None else calibration
+        batches = self._encoded() if calibration is None else calibration.encode(self.tokenizer)
+        return repaired(
+            self._loaded,
+            plan,
+            batches,
+            task=task_of(self.model),
+            method=method,
+            calibration=chosen.facts(batches),
+            options={**(options or {}), **more},
+            progress=self._progress,
+        )
 
     def keep_all(self) -> PruningPlan:
         """The baseline: a plan that removes nothing."""

@@ -54,7 +54,20 @@ def read_options(name: str, given: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: If the planner or a key is unknown, with the nearest match and the list, or a value does not fit.
     """
-    options = planner(name).Options
+    return options_from(planner(name).Options, given, f"planner {name!r}")
+
+
+def options_from(options: type, given: Mapping[str, Any], owner: str) -> Any:
+    """An instance of the dataclass ``options``; what is not given has its default.
+
+    Args:
+        options: Each field with a default; its ``__post_init__`` may raise.
+        given: Values by field; texts are read as the field's type.
+        owner: Whose options they are, for messages ("planner 'sglp'").
+
+    Raises:
+        ConfigError: If a key is unknown, with the nearest match and the list, or a value does not fit.
+    """
     known = [item.name for item in fields(options)]
     faults: list[str] = []
     values: dict[str, Any] = {}
@@ -62,23 +75,21 @@ def read_options(name: str, given: Mapping[str, Any]) -> Any:
     for key, value in given.items():
         if key not in known:
             faults += (
-                unknown_name(f"option of planner {name!r}", key, known).faults
+                unknown_name(f"option of {owner}", key, known).faults
                 if known
-                else [f"planner {name!r} takes no options; nothing would read {key!r}; leave it out"]
+                else [f"{owner} takes no options; nothing would read {key!r}; leave it out"]
             )
             continue
         try:
             values[key] = _fit(value, hints[key])
         except ValueError:
-            faults.append(
-                f"{key}={value!r} does not fit planner {name!r}; {_words(hints[key])} is read; correct the value"
-            )
+            faults.append(f"{key}={value!r} does not fit {owner}; {_words(hints[key])} is read; correct the value")
     try:
         made = options(**values)
     except ConfigError as error:
         faults += error.faults
     except (TypeError, ValueError) as error:
-        faults.append(f"the planner {name!r} refuses its options; {error}; correct them")
+        faults.append(f"the {owner} refuses its options; {error}; correct them")
     if faults:
         raise ConfigError(faults)
     return made
