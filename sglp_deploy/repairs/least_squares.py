@@ -8,7 +8,7 @@ import torch
 
 
 class NormalEquations:
-    """Sums of ``x'x``, ``x'y`` and ``y'y`` in float64; memory does not depend on the number of rows.
+    """Sums of ``x'x``, ``x'y`` and ``y'y``, kept in float64; memory does not depend on the number of rows.
 
     Args:
         inputs: Columns of x.
@@ -26,15 +26,17 @@ class NormalEquations:
         """Add rows.
 
         Args:
-            x: (rows, inputs).
+            x: (rows, inputs), float32 or float64.
             y: (rows, outputs).
             weight: What each row's squared error counts, (rows).
         """
-        root = weight.double().sqrt().unsqueeze(-1)
-        scaled, wanted = x.double() * root, y.double() * root
-        self.gram += scaled.T @ scaled
-        self.cross += scaled.T @ wanted
-        self.power += float(wanted.pow(2).sum())
+        # A minibatch's products in its own precision, the sums over minibatches in float64: products in float64 take
+        # four times as long, and rows that are scaled to one size lose nothing.
+        root = weight.to(x.dtype).sqrt().unsqueeze(-1)
+        scaled, wanted = x * root, y.to(x.dtype) * root
+        self.gram += (scaled.T @ scaled).double()
+        self.cross += (scaled.T @ wanted).double()
+        self.power += float(wanted.double().pow(2).sum())
         self.n_rows += len(x)
 
     def error(self, weights: torch.Tensor) -> float:

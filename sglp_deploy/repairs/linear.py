@@ -68,7 +68,7 @@ class Linear:
                 equations = NormalEquations(width, width, device=identity.device)
                 for rows in site.rows(indices, [mlp.projection, attention.path]):
                     wanted = (rows.target - rows.given) / mlp.scale - rows.out[attention.path].float()
-                    equations.add(rows.out[mlp.projection], wanted, rows.relative)
+                    equations.add(rows.out[mlp.projection].float(), wanted, rows.relative)
                 sums.append(equations)
             turned, _, _ = best_ridge(sums[0], sums[1], identity, RIDGES if options.ridge is None else (options.ridge,))
             folded = turned.T @ weight_of(projection).detach().double()

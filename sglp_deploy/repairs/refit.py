@@ -201,9 +201,9 @@ def _design(site: Site, rows: Rows, paths: Sequence[str]) -> torch.Tensor:
     """Inputs of projections side by side, each with a column of ones where the projection has a bias."""
     parts = []
     for path in paths:
-        parts.append(rows.into[path].double())
+        parts.append(rows.into[path].float())
         if site.module.get_submodule(path)._parameters.get("bias") is not None:
-            parts.append(torch.ones(len(parts[-1]), 1, dtype=torch.float64, device=parts[-1].device))
+            parts.append(torch.ones(len(parts[-1]), 1, device=parts[-1].device))
     return torch.cat(parts, 1)
 
 
