@@ -55,7 +55,7 @@ class Linear:
         for gap in bench.gaps:
             stream, at = bench.drifted(stream, at, gap.before), gap.before
             site = Site(bench, gap.before, stream, behind[gap.behind])
-            attention, mlp = bench.branches(gap.before, stream)
+            attention, mlp = bench.branches(gap.before)
             if mlp.projection is None or mlp.norm is not None:
                 not_done.append(f"layer {bench.kept[gap.before]}, {mlp.path}: a map behind it cannot be folded")
                 continue

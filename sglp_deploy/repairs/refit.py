@@ -77,7 +77,7 @@ class Refit:
             stream, at = bench.drifted(stream, at, layer), layer
             old = bench.kept[layer]
             try:
-                attention, mlp = bench.branches(layer, stream)
+                attention, mlp = bench.branches(layer)
             except UnsupportedModelError as error:
                 not_done.append(f"layer {old}: {error}")
                 continue

@@ -82,8 +82,8 @@ def _multiply(bench: Workbench, last: int, factor: float) -> None:
         if isinstance(one, nn.Embedding):
             bench.put_outside(f"{name}.weight", one.weight * factor)
     for layer in range(last + 1):
-        # A layer's own sums are found on the stream it is given: scaled by now, which changes none of them.
-        for branch in bench.branches(layer, bench.drifted(None, 0, layer)):
+        # Its input is scaled by now, which changes none of its sums.
+        for branch in bench.branches(layer):
             _scale_branch(bench, layer, branch, factor)
     if tied:
         norm = _last_norm(bench, outside)

@@ -158,12 +158,12 @@ class Workbench:
         """What the names of modules inside the layers begin with, and nothing else's."""
         return tuple(f"{name}." for name in self.pruned.stack.containers)
 
-    def branches(self, layer: int, stream: KeptStream) -> tuple[Branch, Branch]:
-        """The branches of a layer of the pruned model, given the states at its boundary; see :func:`find_branches`."""
+    def branches(self, layer: int) -> tuple[Branch, Branch]:
+        """The branches of a layer of the pruned model, found on one minibatch; see :func:`find_branches`."""
 
         def once() -> tuple[torch.Tensor, torch.Tensor]:
+            given = self.states(0, layer)
             with torch.inference_mode():
-                given = self.given(0, stream)
                 return given, self.run(0, layer, layer + 1, given)
 
         return find_branches(self.layers[layer], once)

@@ -108,6 +108,21 @@ def test_equal_values_for_both_ends_of_a_tie_are_one_and_different_ones_are_refu
         _pruned(module, (0, 2, 3, 5), Overlay(both | {"lm_head.weight": value + 1}))
 
 
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_two_parameters_in_one_memory_are_refused_where_the_overlay_names_one(name: str) -> None:
+    """Some loaders tie by the values and not by the parameter; an overlay would untie them without a word."""
+    module: Any = tiny.model("llama-untied")
+    module.lm_head.weight = nn.Parameter(module.model.embed_tokens.weight.detach(), requires_grad=False)
+    message = (
+        r"model\.embed_tokens\.weight and lm_head\.weight of the model are two parameters in one memory; .*"
+        "tie them by assigning one parameter to both"
+    )
+    with pytest.raises(PlanError, match=message):
+        _pruned(module, (0, 2, 3, 5), overlay_of(module, [name]))
+    untouched = overlay_of(module, ["model.norm.weight"])
+    assert _pruned(module, (0, 2, 3, 5), untouched).n_layers == 4
+
+
 def test_an_untied_head_and_its_embedding_are_two() -> None:
     module: Any = tiny.model("llama-untied")
     value = changed(module.lm_head.weight, 3)

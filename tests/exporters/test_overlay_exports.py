@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,6 +132,20 @@ def test_an_overlay_that_has_moved_is_asked_for_and_taken(tmp_path: Path) -> Non
     Overlay({"model.norm.weight": made.model.get_parameter("model.norm.weight")}).save(moved)
     with pytest.raises(ArtifactError, match="is not the overlay the plan names"):
         _verify(made, artifact, overlay=moved)
+
+
+def test_the_right_overlay_is_found_where_a_wrong_one_lies_nearer(tmp_path: Path) -> None:
+    """The recorded file may be another plan's by now, while the run folder was copied whole."""
+    made = _compressor("llama")
+    artifact = _artifact(made, tmp_path / "run", "artifacts/torch")
+    (tmp_path / "copy").mkdir()
+    shutil.copytree(artifact.path, tmp_path / "copy" / "artifacts" / "torch")
+    right = tmp_path / "run" / OVERLAY_FILE
+    shutil.copy(right, tmp_path / "copy" / OVERLAY_FILE)
+    Overlay({"model.norm.weight": made.model.get_parameter("model.norm.weight") * 2}).save(right)
+    assert _verify(made, ExportArtifact.load(tmp_path / "copy" / "artifacts" / "torch")).passed
+    with pytest.raises(ArtifactError, match="is not the overlay the plan names"):
+        _verify(made, artifact)
 
 
 def test_an_overlay_for_a_plan_that_has_none_is_refused(tmp_path: Path) -> None:
