@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from sglp_deploy import materialize as materializing
 from sglp_deploy import registry
+from sglp_deploy.errors import CalibrationError
 from sglp_deploy.evidence.lazy import ModelEvidence
 from sglp_deploy.evidence.text import CalibrationSet
 from sglp_deploy.models import LayerStack, LoadedModel, adapter_for, layer_stack, load_model, parameter_sizes, precision
 from sglp_deploy.models.patterns import check_layer_types, pattern_groups
+from sglp_deploy.overlay import repairs_of
 from sglp_deploy.parity.verify import verify_with_plan
 from sglp_deploy.plan import PruningPlan, by_hand_plan, keep_all_plan, make_plan
 from sglp_deploy.planners.budget import Budget, check_parameter_budget
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from sglp_deploy.evidence.text import TokenBatches
     from sglp_deploy.materialize import CompressedModel
     from sglp_deploy.parity.certificate import ParityReport
+    from sglp_deploy.tasks.base import Task
 
 Progress = Callable[[str, int, int], None]
 
@@ -285,13 +288,28 @@ class Compressor:
         )  # fmt: skip
 
     def evaluate(self, plan: PruningPlan, text: CalibrationSet | None = None) -> dict[str, Any]:
-        """Quality of the dense and the pruned model on held-out data, as ``quality.json`` holds it."""
+        """Quality of the dense and the pruned model on held-out data, as ``quality.json`` holds it.
+
+        Where repairs made all weights that the plan changes, the pruned model without them is judged too.
+        """
         task = task_of(self.model)
         held_out = text or task.held_out(max_tokens=16_384, sequence_length=512)
         batches = task.encode(held_out, self._loaded)
         dense = task.evaluate(self.model, batches, progress=self._stage("evaluate dense"))
         pruned = task.evaluate(self.materialize(plan).module, batches, progress=self._stage("evaluate pruned"))
-        return task.compare(dense, pruned, batches, held_out.source)
+        return task.compare(dense, pruned, batches, held_out.source, unrepaired=self._unrepaired(plan, task, batches))
+
+    def _unrepaired(self, plan: PruningPlan, task: Task, batches: TokenBatches) -> Any:
+        """Quality of the pruned model before its repair; None where there is no such model, or no figure for it."""
+        repairs = repairs_of(plan.overlay)
+        # Weights that a planner made are in the overlay too, and without them it would be a third model.
+        if plan.overlay is None or not repairs or len(repairs) < len(plan.overlay["made_by"]):
+            return None
+        bare = self.materialize(replace(plan, overlay=None, weights=None))
+        try:
+            return task.evaluate(bare.module, batches, progress=self._stage("evaluate unrepaired"))
+        except CalibrationError:  # too broken for a figure, which a repair may have mended
+            return None
 
     def _encoded(self) -> TokenBatches:
         if self._batches is None:

@@ -172,6 +172,15 @@ class Overlay:
         return tensors
 
 
+def repairs_of(named: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The records of repairs among the steps that made an overlay, in order.
+
+    Args:
+        named: What the plan says of it (:attr:`sglp_deploy.plan.PruningPlan.overlay`), or None.
+    """
+    return [record for record in (named or {}).get("made_by", ()) if "repair" in record]
+
+
 def stored_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and the buffers that checkpoints hold, by every name they have.
 

@@ -15,6 +15,13 @@
     [plan.options]                 # of the planner
     criterion = "grad-norm"
 
+    [repair]
+    method = "refit"               # or local, linear, scale; "none" turns it off
+    tokens = 32_768                # of the plan's calibration text
+
+    [repair.options]               # of the repair
+    attention = true
+
     [export]
     to = ["onnx", "vllm", "onnx-int8"]
 
@@ -49,15 +56,16 @@ from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from sglp_deploy._names import unknown_name
-from sglp_deploy.cli.settings import DEFAULTS, MOVED, SETTINGS, TYPES, Settings, tables
+from sglp_deploy.cli.settings import DEFAULTS, MOVED, NO_REPAIR, SETTINGS, TYPES, Settings, tables
 from sglp_deploy.errors import ConfigError
 from sglp_deploy.planners.budget import Budget
 from sglp_deploy.planners.registry import read_options
+from sglp_deploy.repairs import registry as repairs
 
 _TABLES: Final = tables()
 
-# A name becomes a folder's, and these mean other folders of a run; "plan" is the planner, where options are given.
-_NAME = re.compile(r"(?!(?:all|plan)$)(?!.*(?:-baseline|-against-torch)$)[A-Za-z0-9][A-Za-z0-9._-]*")
+# A name becomes a folder's, and "all" means another folder of a run.  The others are whose options are given too.
+_NAME = re.compile(r"(?!(?:all|plan|repair)$)(?!.*(?:-baseline|-against-torch)$)[A-Za-z0-9][A-Za-z0-9._-]*")
 _FORMAT = "format"  # the option that says which format is behind a name
 
 # What a flag may still mend: the value is judged when the flags are in.
@@ -113,6 +121,7 @@ class RunConfig(Settings):
             object.__setattr__(self, "plan_options", read)
         except ConfigError as error:
             faults += error.faults
+        faults += self._repair_faults()
         faults += self._value_faults()
         if faults:
             raise ConfigError(faults)
@@ -128,10 +137,26 @@ class RunConfig(Settings):
             for name in dict.fromkeys(self.to)
         )
 
+    def _repair_faults(self) -> list[str]:
+        if self.repair == NO_REPAIR:
+            if not self.repair_options:
+                return []
+            return ["options are given for the repair, which is 'none'; nothing would read them; leave them out"]
+        if self.repair not in repairs.REPAIRS:
+            return unknown_name("repair", self.repair, (*repairs.REPAIRS, NO_REPAIR)).faults
+        if not self.repair_options:
+            return []  # a repair's module loads torch, which a run with nothing to do must not wait for
+        try:
+            chosen = repairs.read_options(self.repair, self.repair_options)
+        except ConfigError as error:
+            return error.faults
+        object.__setattr__(self, "repair_options", {key: getattr(chosen, key) for key in self.repair_options})
+        return []
+
     def _export_faults(self) -> list[str]:
         faults = [
             f"{name!r} cannot name an export; its folder and its benchmark's are called by it; use letters, digits, "
-            "'-', '_' and '.', and neither 'all' nor 'plan' nor an end in -baseline or -against-torch"
+            "'-', '_' and '.', and neither 'all', 'plan' nor 'repair' nor an end in -baseline or -against-torch"
             for name in self.to
             if not _NAME.fullmatch(name)
         ]
@@ -169,8 +194,8 @@ class RunConfig(Settings):
     def load(cls, path: str | Path, **changes: Any) -> RunConfig:
         """Read ``sglp.toml``; ``changes`` (fields given as flags) win over the file, options one by one.
 
-        The file's options for formats that ``changes`` leaves out are not read, nor are those of a planner that another
-        one replaces.
+        The file's options for formats that ``changes`` leaves out are not read, nor are those of a planner or a repair
+        that another one replaces.
 
         Raises:
             ConfigError: If the file is missing or malformed, or a table, key or type is wrong; all faults are listed.
@@ -187,9 +212,11 @@ class RunConfig(Settings):
         options = {name: dict(given) for name, given in of_file.items() if name in changes.get("to", of_file)}
         for name, given in changes.pop("options", {}).items():
             options.setdefault(name, {}).update(given)
-        method = found.get("method", DEFAULTS["method"])
-        of_planner = found.pop("plan_options", {}) if changes.get("method", method) == method else {}
-        found |= {"options": options, "plan_options": {**of_planner, **changes.pop("plan_options", {})}}
+        found["options"] = options
+        for named, its in (("method", "plan_options"), ("repair", "repair_options")):
+            name = found.get(named, DEFAULTS[named])
+            kept = found.pop(its, {}) if changes.get(named, name) == name else {}
+            found[its] = {**kept, **changes.pop(its, {})}
         try:
             config = cls(**{**found, **changes})
         except ConfigError as error:

@@ -13,7 +13,9 @@ from typing import Any, Final
 
 from sglp_deploy.cli.settings import BUDGET, DEFAULTS, MOVED, SETTINGS, TYPES
 
-PLAN: Final = "plan"  # whose option it is, where options of formats are given too
+PLAN: Final = "plan"
+# Whose option it is, where options of formats are given too, to the setting that holds it.
+_OWNERS: Final = {PLAN: "plan_options", "repair": "repair_options"}
 
 Value = int | float | bool | str
 
@@ -64,11 +66,26 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
 
 def _plan(parser: argparse.ArgumentParser) -> None:
     _model(parser, help=f"{SETTINGS['model'].text}; or a sglp.toml that names one")
-    _planning(parser, option="plan_options", read=_planner_option)
+    _planning(parser, option="plan_options", read=_text_option)
     parser.add_argument(*_OUTPUT, default="plan.json", help="file to write (default: %(default)s)")
     parser.add_argument("--drop-layers", type=_layers, metavar="I,J", help="remove these layers, measuring nothing")
     parser.add_argument("--stack", help="encoder or decoder, for a model that has both (with --drop-layers)")
     parser.add_argument("--no-matrix", action="store_true", help="leave the similarity matrix out of the file")
+
+
+def _repair(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("plan", help="plan.json")
+    _overlay(parser)
+    text = "refit, local, linear or scale (default: %(default)s)"
+    _set(parser, "repair", "--method", dest="method", default=DEFAULTS["repair"], help=text)
+    _set(parser, "calibration")
+    default = DEFAULTS["repair_tokens"]
+    _set(parser, "repair_tokens", "--calibration-tokens", dest="calibration_tokens", default=default)
+    for name in ("sequence_length", "batch_size", "seed"):
+        _set(parser, name, default=DEFAULTS[name])
+    _options(parser, "repair_options", _text_option)
+    parser.add_argument(*_OUTPUT, required=True, help="folder for plan.json and the weights it changes")
 
 
 def _materialize(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +150,7 @@ def _run(parser: argparse.ArgumentParser) -> None:
     _model(parser, help="model, or a sglp.toml that names one")
     _planning(parser, option="options", read=_named_option)
     for name in SETTINGS:
-        if SETTINGS[name].table in ("export", "bench", "evaluate") and name != "options":
+        if SETTINGS[name].table in ("repair", "export", "bench", "evaluate") and not name.endswith("options"):
             _set(parser, name)
     _set(parser, "output", *_OUTPUT)
 
@@ -154,6 +171,7 @@ def _nothing(parser: argparse.ArgumentParser) -> None:
 
 _ARGUMENTS: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
     "plan": _plan,
+    "repair": _repair,
     "materialize": _materialize,
     "export": _export,
     "verify": _verify,
@@ -194,13 +212,17 @@ def _planning(parser: argparse.ArgumentParser, *, option: str, read: Callable[[s
         _set(budget, name)
     for name in _PLANNING:
         _set(group, name)
-    setting = SETTINGS[option]
-    parser.set_defaults(plan_options=None, options=None)
-    parser.add_argument("--option", dest=option, action=_Options, type=read, metavar=setting.metavar, help=setting.text)
+    parser.set_defaults(plan_options=None, repair_options=None, options=None)
+    _options(parser, option, read)
     for flag in MOVED:
         parser.add_argument(
             f"--{flag}", dest="moved", action="append", type=partial(_pair, flag), help=argparse.SUPPRESS
         )
+
+
+def _options(parser: argparse.ArgumentParser, name: str, read: Callable[[str], tuple[Any, ...]]) -> None:
+    setting = SETTINGS[name]
+    parser.add_argument("--option", dest=name, action=_Options, type=read, metavar=setting.metavar, help=setting.text)
 
 
 def _set(parser: argparse._ActionsContainer, name: str, *flags: str, **changes: Any) -> None:
@@ -221,7 +243,7 @@ def _set(parser: argparse._ActionsContainer, name: str, *flags: str, **changes: 
 
 
 class _Options(argparse.Action):
-    """Collect options into dictionaries: those of the planner, and those of formats by their names."""
+    """Collect options into dictionaries: those of planner and repair, and those of formats by their names."""
 
     def __call__(
         self,
@@ -233,10 +255,9 @@ class _Options(argparse.Action):
         """Put one option where it belongs; a later one wins."""
         del parser, option_string
         *owner, key, value = values
-        of_planner = owner in ([], [PLAN])
-        name = "plan_options" if of_planner else "options"
+        name = _OWNERS.get(owner[0], self.dest) if owner else self.dest
         found: dict[str, Any] = dict(getattr(namespace, name) or {})
-        if of_planner:
+        if name in _OWNERS.values():
             found[key] = value
         else:
             found[owner[0]] = {**found.get(owner[0], {}), key: value}
@@ -259,8 +280,8 @@ def _option(text: str) -> tuple[str, Value]:
     return key, _value(value)
 
 
-def _planner_option(text: str) -> tuple[str, str]:
-    """The value stays a text: the planner's own types say how it is read."""
+def _text_option(text: str) -> tuple[str, str]:
+    """The value stays a text: the types of the planner or the repair say how it is read."""
     _option(text)
     key, _, value = text.partition("=")
     return key, value
@@ -268,12 +289,13 @@ def _planner_option(text: str) -> tuple[str, str]:
 
 def _named_option(text: str) -> tuple[str, str, Value]:
     key, value = _option(text)
-    if key.startswith(f"{PLAN}."):
-        key, value = _planner_option(text)
+    if key.partition(".")[0] in _OWNERS:
+        key, value = _text_option(text)
     name, _, key = key.rpartition(".")
     if not name or not key:
         raise argparse.ArgumentTypeError(
-            f"{text!r} does not say whose option it is; write FORMAT.KEY=VALUE, or plan.KEY=VALUE for the planner"
+            f"{text!r} does not say whose option it is; write FORMAT.KEY=VALUE, plan.KEY=VALUE for the planner, or "
+            "repair.KEY=VALUE for the repair"
         )
     return name, key, value
 

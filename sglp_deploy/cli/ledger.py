@@ -23,14 +23,19 @@ from sglp_deploy.planners.registry import PLANNER_GROUP, PLANNERS
 RUN_FILE = "run.json"
 SCHEMA = "run/2"  # history: 1 = first; 2 = a stage keeps the answer to a question about its outputs
 
+DECISION = "decision"
+DECIDED = f"{DECISION}/plan.json"  # the plan as it was before its repair
+
 # Every name a run writes at the top of its folder; anything else there belongs to somebody.
-_LAYOUT = {RUN_FILE, "plan.json", OVERLAY_FILE, "quality.json", "checkpoint", "artifacts", "parity", "bench", "report"}
+_LAYOUT = {RUN_FILE, "plan.json", OVERLAY_FILE, "quality.json", DECISION}
+_LAYOUT |= {"checkpoint", "artifacts", "parity", "bench", "report"}
 
 # Where a killed run can have left a temporary name, and nowhere else: the folder may hold a user's own files too.
 _LEFTOVERS = (
     ".run.json.*.tmp",
     ".plan.json.*.tmp",
     f".{OVERLAY_FILE}.*.tmp",
+    f"{DECISION}/.*.tmp",
     ".quality.json.*.tmp",
     ".checkpoint.*.partial",
     ".checkpoint.*.old",
@@ -179,7 +184,7 @@ def _sweep(root: Path) -> None:
 
 
 def remove_strangers(root: Path, outputs: Iterable[str]) -> list[str]:
-    """Remove artifacts, certificates and measurements of earlier runs that are no output of this one.
+    """Remove plans, artifacts, certificates and measurements of earlier runs that are no output of this one.
 
     They were made by another plan or format, and the report reads whatever lies in the folder.
 
@@ -189,6 +194,7 @@ def remove_strangers(root: Path, outputs: Iterable[str]) -> list[str]:
     wanted = [root / output for output in outputs]
     found = {file.parent for file in root.glob("artifacts/*/manifest.json")}
     found |= {*root.glob(OVERLAY_FILE), *root.glob("parity/*.json")}
+    found |= {root / DECISION / name for name in ("plan.json", OVERLAY_FILE) if (root / DECISION / name).is_file()}
     found |= {file.parent for name in ("result", "comparison") for file in root.glob(f"bench/*/{name}.json")}
     found |= {folder.parent for folder in root.glob("bench/all/blocks")}
     strangers = [path for path in sorted(found) if not any(want.is_relative_to(path) for want in wanted)]
@@ -197,4 +203,6 @@ def remove_strangers(root: Path, outputs: Iterable[str]) -> list[str]:
             shutil.rmtree(path)
         else:
             path.unlink()
+    if (root / DECISION).is_dir() and not any((root / DECISION).iterdir()):
+        (root / DECISION).rmdir()
     return [path.relative_to(root).as_posix() for path in strangers]

@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
 VERBS = {
     "plan": "decide which layers a model can lose",
+    "repair": "change kept weights so that they make up for removed layers",
     "materialize": "build the shallower checkpoint a plan describes",
     "export": "export a shallower model, or its unpruned baseline",
     "verify": "certify that an artifact computes what the pruned model should (exit 3 when not)",
     "bench": "measure a certified artifact, paired against another one (exit 4 when not comparable)",
     "evaluate": "perplexity of a model on text",
     "report": "render a run folder as report.json and report.html",
-    "run": "plan, materialize, export, verify, evaluate, bench and report; resumable",
+    "run": "plan, repair, materialize, export, verify, evaluate, bench and report; resumable",
     "show": "print any of our files as a table",
     "plugins": "list exporters and planners, with the reason when one cannot be used",
     "env": "make, list or remove the isolated environments some runtimes need",

@@ -11,8 +11,10 @@ from sglp_bench.judge.compare import Comparison
 from sglp_deploy import _io
 from sglp_deploy.cli.console import table
 from sglp_deploy.cli.exits import Exit
+from sglp_deploy.cli.show import repair_summary
 from sglp_deploy.parity.certificate import ParityReport
 from sglp_deploy.plan import PruningPlan
+from sglp_deploy.tasks.base import QUALITY_VERSIONS
 
 # The metrics of a comparison that a reader is told of.
 PREFILL, DECODE = "prefill_latency_s", "decode_latency_s_per_token"
@@ -36,6 +38,8 @@ def outcome_of(root: Path, plan: PruningPlan, failures: Mapping[str, str]) -> Ou
         failures: Stages that failed alone, with what they said.
     """
     rows: list[tuple[str, str]] = [("layers", f"{plan.n_layers} -> {len(plan.keep)}")]
+    if repairs := repair_summary({"overlay": plan.overlay, "compensation": plan.compensation}):
+        rows.append(("repair", repairs))
     exit_code = Exit.DONE
     for file in sorted((root / "parity").glob("*.json")):
         report = ParityReport.load(file)
@@ -45,11 +49,14 @@ def outcome_of(root: Path, plan: PruningPlan, failures: Mapping[str, str]) -> Ou
         comparison = Comparison.load(file)
         for metric, label in ((PREFILL, "prefill"), (DECODE, "decode")):
             rows.append((f"{file.parent.name} {label}", _speed(comparison, metric)))
-    quality = _io.read_json(root / "quality.json", "quality")
+    quality = _io.read_json(root / "quality.json", "quality", QUALITY_VERSIONS)
     for what, why in failures.items():
         rows.append((what, f"FAILED: {why}"))
         exit_code = exit_code or Exit.ERROR
-    rows.append(("perplexity", f"{quality['dense']['perplexity']:.2f} -> {quality['pruned']['perplexity']:.2f}"))
+    perplexity = f"{quality['dense']['perplexity']:.2f} -> {quality['pruned']['perplexity']:.2f}"
+    if "unrepaired" in quality:
+        perplexity += f" (before repair {quality['unrepaired']['perplexity']:.2f})"
+    rows.append(("perplexity", perplexity))
     page = root / "report" / "report.html"
     rows.append(("checkpoint", str(root / "checkpoint")))
     rows.append(("report", str(page)))

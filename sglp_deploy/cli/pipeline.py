@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglp_bench.devices.environment import COMPARABLE_KEYS, collect_environment
-from sglp_bench.judge.ceiling import decode_ceiling, prefill_ceiling
+from sglp_bench.judge.ceiling import ceilings_of
 from sglp_bench.judge.compare import Comparison, compare_results
 from sglp_bench.measure.harness import run_arms
 from sglp_bench.measure.timeable import reason_not_timed
@@ -26,7 +26,8 @@ from sglp_deploy.cli import ledger, session
 from sglp_deploy.cli.config import Export, RunConfig
 from sglp_deploy.cli.console import Console
 from sglp_deploy.cli.engine import Engine
-from sglp_deploy.cli.outcome import DECODE, PREFILL, Outcome, outcome_of
+from sglp_deploy.cli.outcome import Outcome, outcome_of
+from sglp_deploy.cli.settings import NO_REPAIR
 from sglp_deploy.errors import (
     ArtifactError,
     ConfigError,
@@ -54,6 +55,9 @@ _PLAN = (
     *_WEIGHTS, "drop", "keep", "max_parameters", "method", "plan_options",
     "calibration", "calibration_tokens", "sequence_length", "batch_size", "rows", "skip_positions",
     "preserve_pattern", "seed",
+)  # fmt: skip
+_REPAIR = (
+    *_WEIGHTS, "repair", "repair_tokens", "repair_options", "calibration", "sequence_length", "batch_size", "seed",
 )  # fmt: skip
 _VERIFY = (*_WEIGHTS, "threads", "text")
 _QUALITY = (*_WEIGHTS, "threads", "text", "evaluation_tokens", "evaluation_chunk", "seed")
@@ -92,7 +96,7 @@ class Pipeline:
             prepare=self._check_formats,
             note=console.note,
             # A plan counts by its decision, because its file also holds wall times.
-            counted_as={"plan.json": lambda file: PruningPlan.load(file).digest()},
+            counted_as=dict.fromkeys(("plan.json", ledger.DECIDED), lambda file: PruningPlan.load(file).digest()),
         )
 
     def run(self) -> Outcome:
@@ -105,8 +109,7 @@ class Pipeline:
             self._check_formats()  # a name nobody knows is refused before a folder is made
         with self._engine.opened():
             model = ledger.model_digest(self._config.model)
-            settings = self._settings(_PLAN) | {"planner": ledger.provider(PLANNER_GROUP, self._config.method)}
-            planned = self._engine.stage("plan", settings, [model], ["plan.json"], self._make_plan)
+            planned = self._decide(model)
             plan = self._plan = PruningPlan.load(self._root / "plan.json")
             made = self._make_artifacts(plan, planned, model)
             verified = self._verify_artifacts(made, model)
@@ -121,18 +124,40 @@ class Pipeline:
             self._engine.forget_others("report")
             upstream = [planned, judged, measured, *made.values(), *verified]
             outputs = ["report/report.json", "report/report.html"]
-            self._engine.stage("report", {"layout": 1}, upstream, outputs, self._write_report)
+            self._engine.stage("report", {"layout": 2}, upstream, outputs, self._write_report)
             self._engine.save()
             return outcome_of(self._root, plan, self._failures)
 
     # ------------------------------------------------------------------------------------------------ stages
 
-    def _make_plan(self) -> list[str]:
+    def _decide(self, model: str) -> str:
+        """Plan, and repair what was planned; the product of the stage that wrote ``plan.json``."""
+        repairing = self._config.repair != NO_REPAIR
+        file = ledger.DECIDED if repairing else "plan.json"
+        settings = self._settings(_PLAN) | {"planner": ledger.provider(PLANNER_GROUP, self._config.method)}
+        planned = self._engine.stage("plan", settings, [model], [file], lambda: self._make_plan(file))
+        if not repairing:
+            return planned
+        return self._engine.stage("repair", self._settings(_REPAIR), [planned, model], ["plan.json"], self._make_repair)
+
+    def _make_plan(self, file: str) -> list[str]:
         plan = session.make_plan(self._loaded(), self._config)
-        plan.save(self._root / "plan.json")
-        overlay = plan.save_overlay(self._root)
         self._console.note(f"plan: remove layers {', '.join(map(str, plan.drop)) or 'none'}")
-        return [] if overlay is None else [overlay.name]
+        return self._save(plan, file)
+
+    def _make_repair(self) -> list[str]:
+        plan = PruningPlan.load(self._root / ledger.DECIDED)
+        if plan.drop:
+            plan = session.repaired_plan(self._loaded(), self._config, plan, self._console)
+        else:
+            self._console.note("repair: the plan removes no layer, so there is nothing to repair")
+        return self._save(plan, "plan.json")
+
+    def _save(self, plan: PruningPlan, file: str) -> list[str]:
+        """Write a plan and the weights it changes; returns the path of these, where there are any."""
+        plan.save(self._root / file)
+        overlay = plan.save_overlay((self._root / file).parent)
+        return [] if overlay is None else [overlay.relative_to(self._root).as_posix()]
 
     def _make_artifacts(self, plan: PruningPlan, planned: str, model: str) -> dict[str, str]:
         """The checkpoint and every format asked for, with its baseline where it will be measured; name to product."""
@@ -269,7 +294,7 @@ class Pipeline:
             progress=progress,
             certificates=[self._parity(name) for name in arms],
         )
-        ceilings = _ceilings(plan, self._workload.batch_size)
+        ceilings = ceilings_of(plan, self._workload.batch_size)
         for name in measured:
             comparison = compare_results(result, baseline=f"{name}-baseline", candidate=name).with_ceilings(ceilings)
             self._save_comparison(name, comparison, result)
@@ -365,17 +390,6 @@ class Pipeline:
 
     def _parity(self, name: str) -> ParityReport:
         return ParityReport.load(self._root / "parity" / f"{name}.json")
-
-
-def _ceilings(plan: PruningPlan, batch_size: int) -> dict[str, float]:
-    layers = plan.model.get("layer_parameters")
-    head = plan.model.get("head_parameters")
-    if not layers or head is None or not plan.drop:
-        return {}
-    ceilings = {PREFILL: prefill_ceiling(layers, plan.drop)}
-    if batch_size == 1:  # a larger batch is bound by arithmetic and not by reading weights
-        ceilings[DECODE] = decode_ceiling(layers, plan.drop, head)
-    return ceilings
 
 
 def _parameter_counts(plan: PruningPlan) -> dict[str, int] | None:

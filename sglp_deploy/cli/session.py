@@ -10,6 +10,7 @@ import json
 import os
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from sglp_deploy.artifact import MANIFEST, PLAN_FILE, ExportArtifact
 from sglp_deploy.cli.config import RunConfig
 from sglp_deploy.cli.console import Console
 from sglp_deploy.cli.settings import DTYPES
-from sglp_deploy.errors import ConfigError, StorageError
+from sglp_deploy.errors import CalibrationError, ConfigError, StorageError, UnsupportedModelError
 from sglp_deploy.evidence.text import BUILTIN, CalibrationSet
 from sglp_deploy.overlay import OVERLAY_FILE
 from sglp_deploy.plan import PruningPlan
@@ -29,14 +30,14 @@ if TYPE_CHECKING:
 _CONNECT_S = 5.0
 
 
-def calibration_set(config: RunConfig) -> CalibrationSet:
-    """The calibration text a run asks for."""
+def calibration_set(given: RunConfig | argparse.Namespace, max_tokens: int | None = None) -> CalibrationSet:
+    """The calibration text that a run or flags ask for; ``max_tokens`` of it where another number is meant."""
     return CalibrationSet.parse(
-        config.calibration,
-        max_tokens=config.calibration_tokens,
-        sequence_length=config.sequence_length,
-        batch_size=config.batch_size,
-        seed=config.seed,
+        given.calibration,
+        max_tokens=max_tokens or given.calibration_tokens,
+        sequence_length=given.sequence_length,
+        batch_size=given.batch_size,
+        seed=given.seed,
     )
 
 
@@ -121,6 +122,20 @@ def make_plan(made: Compressor, config: RunConfig, *, keep_matrix: bool = True) 
         keep_matrix=keep_matrix,
         options=config.plan_options,
     )
+
+
+def repaired_plan(made: Compressor, config: RunConfig, plan: PruningPlan, console: Console) -> PruningPlan:
+    """The plan with the repair a run asks for; as it was, with the reason and a warning, where there is none."""
+    # Read anew: of a dataset only as much is at hand as the plan needed.
+    calibration = calibration_set(config, config.repair_tokens)
+    try:
+        found = made.repair(plan, config.repair, calibration=calibration, options=config.repair_options)
+    except (CalibrationError, UnsupportedModelError) as error:
+        # A run asks for a repair by default: text that is enough for a plan must not stop it there.
+        found = replace(plan, compensation={"refused": [{"repair": config.repair, "why": str(error)}]})
+    for refused in (found.compensation or {}).get("refused", ()):
+        console.warn(f"the plan is not repaired; {refused['repair']} was refused: {refused['why']}; the run goes on")
+    return found
 
 
 def read_plan(file: str, overlay: str | None) -> PruningPlan:
@@ -247,6 +262,37 @@ def check_overlay_place(path: str | Path) -> None:
             f"{beside} holds the weights of another plan; those of a new plan would replace them; write the plan into "
             "another folder"
         )
+
+
+def check_repaired_place(folder: Path, plan: str) -> None:
+    """Refuse, before any work, a folder that cannot take a repaired plan, or where that would destroy something.
+
+    Args:
+        folder: For ``plan.json`` and the weights it changes.
+        plan: File of the plan that is repaired.
+
+    Raises:
+        ConfigError: If it is a file, a run's folder, holds that plan itself, or the weights of another one.
+        StorageError: If it cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; a folder for plan.json is written there; choose another --output")
+    file = folder / "plan.json"
+    if file.exists() and file.resolve() == Path(plan).resolve():
+        raise ConfigError(f"{file} is the plan that is repaired; it would be replaced; choose another --output")
+    if (folder / "run.json").is_file():
+        raise ConfigError(f"{folder} is the folder of a run; its plan would be replaced; choose another --output")
+    check_output_file(file)
+    check_overlay_place(file)
+
+
+def save_repaired(plan: PruningPlan, folder: Path) -> list[Path]:
+    """Write ``plan.json`` and the weights it changes into ``folder``; weights of the plan it replaces go."""
+    weights = plan.save_overlay(folder)  # first: a plan whose weights are missing is of no use
+    plan.save(folder / "plan.json")
+    if weights is None:
+        (folder / OVERLAY_FILE).unlink(missing_ok=True)
+    return [folder / "plan.json", *([] if weights is None else [weights])]
 
 
 def _check_writable(path: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Any, Final, NamedTuple
 
 DTYPES: Final = ("fp32", "fp16", "bf16")
 
+NO_REPAIR: Final = "none"  # in place of a repair's name
+
 Option = bool | int | float | str
 
 # Keys of [plan] and flags that became options of the planner, with their names there.
@@ -97,12 +99,29 @@ class Settings:
         hint="a table [plan.options] of texts, numbers, true or false",
     )
 
+    repair: str = _setting(
+        "repair",
+        "method",
+        "refit",
+        "what makes up for removed layers: refit, local, linear, scale or none",
+        metavar="NAME",
+    )
+    repair_tokens: int = _setting("repair", "tokens", 32_768, "token budget of the repair", least=8, metavar="N")
+    repair_options: Mapping[str, Option] = _setting(
+        "repair",
+        "options",
+        {},
+        "an option of the repair; may be repeated",
+        metavar="KEY=VALUE",
+        hint="a table [repair.options] of texts, numbers, true or false",
+    )
+
     to: tuple[str, ...] = _setting("export", "to", ("onnx",), "formats to make", metavar="FORMATS")
     options: Mapping[str, Mapping[str, Option]] = _setting(
         "export",
         "options",
         {},
-        "an option of a format, or plan.KEY=VALUE of the planner; may be repeated",
+        "an option of a format, plan.KEY=VALUE of the planner, or repair.KEY=VALUE; may be repeated",
         metavar="FORMAT.KEY=VALUE",
         hint="a table [export.options.NAME] of texts, numbers, true or false",
     )

@@ -12,6 +12,8 @@ from typing import Any
 from sglp_deploy import plan
 from sglp_deploy.cli.console import table
 from sglp_deploy.errors import ArtifactError
+from sglp_deploy.overlay import repairs_of
+from sglp_deploy.tasks.base import QUALITY_VERSIONS
 
 _MIB = 1 << 20
 _CELL = 60  # characters of a configuration value in a table
@@ -69,6 +71,7 @@ def _plan(value: Json) -> str:
     if changed_weights := value.get("overlay"):
         steps = ", ".join(" ".join(map(str, list(record.values())[:1])) for record in changed_weights["made_by"])
         lines.append(f"weights changed: {changed_weights['n_tensors']} tensors{' by ' if steps else ''}{steps}")
+    lines += repair_lines(value)
     if value.get("stack"):
         lines.append(f"layers of {value['stack']}")
     changed, looked_at = [], []
@@ -89,6 +92,37 @@ def _plan(value: Json) -> str:
         for layer in range(start, end):
             rows.append((f"S{number}", layer, f"{scores[layer]:.4g}", "removed" if layer in dropped else ""))
     return "\n".join(lines) + "\n" + table(rows, ("segment", "layer", str(value["criterion"]), ""))
+
+
+def repair_lines(plan: Json) -> list[str]:
+    """A line for each repair of a plan, kept or refused, and one for each thing that it left as it was."""
+    lines = []
+    for name, words, record in _repairs(plan):
+        lines.append(f"repair {name}: {words}")
+        lines += [f"not done: {sentence}" for sentence in record.get("not_done", ())]
+    return lines
+
+
+def repair_summary(plan: Json) -> str:
+    """All repairs of a plan in one line; empty where there is none."""
+    return "; ".join(f"{name}: {words}" for name, words, _ in _repairs(plan))
+
+
+def _repairs(plan: Json) -> list[tuple[str, str, Json]]:
+    """Name, words and record of each repair: those that were refused after those that were kept."""
+    kept = repairs_of(plan.get("overlay"))
+    refused = (plan.get("compensation") or {}).get("refused") or ()
+    return [
+        *((record["repair"], f"kept; {_losses(record)}", record) for record in kept),
+        *((record["repair"], f"refused, because {record['why']}; {_losses(record)}", record) for record in refused),
+    ]
+
+
+def _losses(record: Json) -> str:
+    if "loss_before" not in record:
+        return "nothing was fitted"
+    dense, before, after = (_number(record[f"loss_{arm}"], ".4f") for arm in ("dense", "before", "after"))
+    return f"held-out loss {dense} dense, {before} before the repair, {after} after"
 
 
 def _short(value: Any) -> str:
@@ -197,9 +231,12 @@ def _bytes(amount: Any) -> str:
 
 def _quality(value: Json) -> str:
     low, high = value["ratio_interval"]
+    names = {"dense": "dense", "pruned": "pruned"}
+    if "unrepaired" in value:
+        names = {"dense": "dense", "unrepaired": "pruned, before repair", "pruned": "pruned, repaired"}
     rows = [
-        (name, f"{value[name]['perplexity']:.3f}", f"{value[name]['nats_per_token']:.4f}")
-        for name in ("dense", "pruned")
+        (words, f"{value[name]['perplexity']:.3f}", f"{value[name]['nats_per_token']:.4f}")
+        for name, words in names.items()
     ]
     protocol = value["protocol"]
     return (
@@ -251,7 +288,7 @@ _VIEWS: dict[str, Callable[[Json], str]] = {
     "parity/1": _parity,
     "perplexity/1": _perplexity,
     **{f"plan/{version}": _plan for version in plan.VERSIONS},
-    "quality/1": _quality,
+    **{f"quality/{version}": _quality for version in QUALITY_VERSIONS},
     "report/1": _report,
     "result/1": _result,
     "result/2": _result,

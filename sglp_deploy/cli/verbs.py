@@ -40,6 +40,28 @@ def run_plan(arguments: argparse.Namespace, console: Console) -> int:
     return Exit.DONE
 
 
+def run_repair(arguments: argparse.Namespace, console: Console) -> int:
+    """``repair``: change kept weights so that they make up for the removed layers, where that helps."""
+    from sglp_deploy.cli import session
+    from sglp_deploy.cli.show import repair_lines
+    from sglp_deploy.repairs.registry import read_options
+
+    folder = Path(arguments.output)
+    session.check_repaired_place(folder, arguments.plan)
+    plan = session.read_plan(arguments.plan, arguments.overlay)
+    options = arguments.repair_options or {}
+    read_options(arguments.method, options)  # an unknown name is refused before the model is loaded
+    session.settle_connection(console, arguments.model, arguments.calibration)
+    calibration = session.calibration_set(arguments)
+    compressor = session.plain_compressor(arguments, console)
+    plan = compressor.repair(plan, arguments.method, calibration=calibration, options=options)
+    written = session.save_repaired(plan, folder)
+    value = plan.to_json()
+    lines = [*repair_lines(value), f"written to {' and '.join(map(str, written))}"]
+    console.result("\n".join(lines), value)
+    return Exit.DONE
+
+
 def run_materialize(arguments: argparse.Namespace, console: Console) -> int:
     """``materialize``: write the shallower checkpoint."""
     from sglp_deploy.cli import session

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from sglp_deploy.models import LoadedModel
 
 Progress = Callable[[int, int], None]
+
+# Of quality.json, that can be read; what writes it says what changed.
+QUALITY_VERSIONS: Final = (1, 2)
 
 
 class Task(Protocol):
@@ -69,8 +72,10 @@ class Task(Protocol):
         """The quality figure of one model; two of them go to :meth:`compare`."""
         ...
 
-    def compare(self, dense: Any, pruned: Any, batches: TokenBatches, source: str) -> dict[str, Any]:
-        """What pruning cost, as ``quality.json`` holds it."""
+    def compare(
+        self, dense: Any, pruned: Any, batches: TokenBatches, source: str, *, unrepaired: Any = None
+    ) -> dict[str, Any]:
+        """What pruning cost, as ``quality.json`` holds it; ``unrepaired`` is the pruned model before its repair."""
         ...
 
     def prompts(self, data: CalibrationSet, loaded: LoadedModel) -> NDArray[np.int64]:

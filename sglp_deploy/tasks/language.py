@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
 
-SCHEMA = "quality/1"  # history: 1 = first
+SCHEMA = "quality/2"  # history: 1 = first; 2 = unrepaired
 _RESAMPLES = 2_000
 _MOST_NATS = 700.0  # exp of more is not a float64
 
@@ -111,9 +111,17 @@ class LanguageTask:
         """See :func:`perplexity`."""
         return perplexity(cast("PreTrainedModel", module), batches, progress=progress)
 
-    def compare(self, dense: Perplexity, pruned: Perplexity, batches: TokenBatches, source: str) -> dict[str, Any]:
+    def compare(
+        self,
+        dense: Perplexity,
+        pruned: Perplexity,
+        batches: TokenBatches,
+        source: str,
+        *,
+        unrepaired: Perplexity | None = None,
+    ) -> dict[str, Any]:
         """See :func:`quality_report`."""
-        return quality_report(dense, pruned, batches, source)
+        return quality_report(dense, pruned, batches, source, unrepaired=unrepaired)
 
     def prompts(self, data: CalibrationSet, loaded: LoadedModel) -> NDArray[np.int64]:
         """The tokens of ``data`` in a row, padding left out."""
@@ -172,26 +180,31 @@ def perplexity(
 
 
 def quality_report(
-    dense: Perplexity, pruned: Perplexity, batches: TokenBatches, source: str, *, seed: int = 0
+    dense: Perplexity,
+    pruned: Perplexity,
+    batches: TokenBatches,
+    source: str,
+    *,
+    seed: int = 0,
+    unrepaired: Perplexity | None = None,
 ) -> dict[str, Any]:
     """Both perplexities, their ratio with a 95 % interval, and the protocol that makes the figures mean something.
 
     The interval resamples rows in pairs (both models saw the same rows), so it says how much the ratio would move on
     other text of this kind.  With a single row it says nothing and is as narrow as a point.
 
+    Args:
+        dense: Of the unpruned model.
+        pruned: Of the pruned model as it is deployed.
+        batches: The rows.
+        source: Where the text came from.
+        seed: Of the resampling.
+        unrepaired: Of the pruned model before its repair; None where nothing was repaired.
+
     Raises:
-        CalibrationError: If the two were not taken on the same rows.
+        CalibrationError: If they were not taken on the same rows.
     """
-    if not np.array_equal(dense.predictions, pruned.predictions):
-        raise CalibrationError(
-            f"the dense model predicted {int(dense.predictions.sum())} tokens in {len(dense.predictions)} rows, the "
-            f"pruned one {int(pruned.predictions.sum())} in {len(pruned.predictions)}; a ratio needs the same rows; "
-            "evaluate both on one text"
-        )
-    rng = np.random.default_rng(seed)
-    rows = rng.integers(0, len(dense.nats), size=(_RESAMPLES, len(dense.nats)))
-    difference = (pruned.nats - dense.nats)[rows].sum(1) / dense.predictions[rows].sum(1)
-    low, high = np.quantile(np.exp(difference), [0.025, 0.975])
+    before = {} if unrepaired is None else {"unrepaired": unrepaired.to_json() | _ratio(dense, unrepaired, seed)}
     return {
         "schema": SCHEMA,
         "protocol": {
@@ -205,14 +218,30 @@ def quality_report(
         },
         "dense": dense.to_json(),
         "pruned": pruned.to_json(),
-        "ratio": pruned.perplexity / dense.perplexity,
-        "ratio_interval": [float(low), float(high)],
+        **before,
+        **_ratio(dense, pruned, seed),
     }
+
+
+def _ratio(dense: Perplexity, pruned: Perplexity, seed: int) -> dict[str, Any]:
+    if not np.array_equal(dense.predictions, pruned.predictions):
+        raise CalibrationError(
+            f"the dense model predicted {int(dense.predictions.sum())} tokens in {len(dense.predictions)} rows, the "
+            f"pruned one {int(pruned.predictions.sum())} in {len(pruned.predictions)}; a ratio needs the same rows; "
+            "evaluate both on one text"
+        )
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, len(dense.nats), size=(_RESAMPLES, len(dense.nats)))
+    difference = (pruned.nats - dense.nats)[rows].sum(1) / dense.predictions[rows].sum(1)
+    low, high = np.quantile(np.exp(difference), [0.025, 0.975])
+    return {"ratio": pruned.perplexity / dense.perplexity, "ratio_interval": [float(low), float(high)]}
 
 
 def summary(report: Mapping[str, Any]) -> str:
     """One line for people."""
+    before = report.get("unrepaired")
+    repaired = f", {before['perplexity']:.2f} (x{before['ratio']:.2f}) before repair," if before else ""
     return (
         f"perplexity {report['dense']['perplexity']:.2f} -> {report['pruned']['perplexity']:.2f} "
-        f"(x{report['ratio']:.2f}) on {report['protocol']['n_tokens']} tokens of {report['protocol']['text']}"
+        f"(x{report['ratio']:.2f}){repaired} on {report['protocol']['n_tokens']} tokens of {report['protocol']['text']}"
     )

@@ -28,7 +28,20 @@ from sglp_deploy.cli.main import main
 from sglp_deploy.plan import PruningPlan
 from sglp_exporters.onnx.exporter import OnnxExporter
 
-VERBS = ("plan", "materialize", "export", "verify", "bench", "evaluate", "report", "run", "show", "plugins", "doctor")
+VERBS = (
+    "plan",
+    "repair",
+    "materialize",
+    "export",
+    "verify",
+    "bench",
+    "evaluate",
+    "report",
+    "run",
+    "show",
+    "plugins",
+    "doctor",
+)
 
 
 @pytest.fixture(scope="module")

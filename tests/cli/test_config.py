@@ -41,6 +41,13 @@ skip_positions = 0
 criterion = "taylor"
 n_segments = 4
 
+[repair]
+method = "local"
+tokens = 4000
+
+[repair.options]
+epochs = 3
+
 [export]
 to = ["onnx", "vllm"]
 
@@ -89,6 +96,9 @@ def test_every_key_of_the_file_reaches_its_field(tmp_path: Path) -> None:
         batch_size=2,
         rows="raw",
         skip_positions=0,
+        repair="local",
+        repair_tokens=4000,
+        repair_options={"epochs": 3},
         to=("onnx", "vllm"),
         workload="smoke",
         text="heldout.txt",
@@ -165,7 +175,7 @@ workload = "smoke"
         "skip_positions, preserve_pattern, options",
         f"{file}: [export] to = 'onnx' is of the wrong kind; a list of texts is read; change it",
         f"{file}: 'benchmark' is not a table of sglp.toml; nothing reads it; did you mean 'bench'? the tables are "
-        "model, plan, export, bench, evaluate, run",
+        "model, plan, repair, export, bench, evaluate, run",
         "no model is given; there is nothing to prune; pass MODEL or set path under [model]",
         "the budget sets drop and keep; one number decides how many layers go; pass exactly one of drop, keep, "
         "max_parameters",
@@ -354,6 +364,7 @@ def test_each_export_has_its_own_options_and_a_flag_wins_over_the_file_s(tmp_pat
         ({"to": ("onnx-baseline",)}, "'onnx-baseline' cannot name an export"),
         ({"to": ("all",)}, "'all' cannot name an export"),  # where a benchmark works
         ({"to": ("plan",)}, "'plan' cannot name an export"),  # whose options are the planner's
+        ({"to": ("repair",)}, "'repair' cannot name an export"),  # the same
         ({"to": ("torch",), "options": {"torch": {"format": "onnx"}}}, "'torch' takes no options"),
     ],
 )

@@ -130,7 +130,8 @@ def test_the_report_states_ratio_interval_and_protocol(llama: PreTrainedModel) -
         "n_tokens": batches.n_tokens - batches.n_samples,
         "note": "chunks are independent; the first token of each is not predicted",
     }
-    assert report["schema"] == "quality/1"
+    assert report["schema"] == "quality/2"
+    assert "unrepaired" not in report
     assert report["dense"]["nats_by_row"] == dense.nats.tolist()
     assert sum(report["pruned"]["predictions_by_row"]) == report["protocol"]["n_tokens"]
     assert summary(report) == (
@@ -138,6 +139,22 @@ def test_the_report_states_ratio_interval_and_protocol(llama: PreTrainedModel) -
         f"{report['protocol']['n_tokens']} tokens of builtin:held-out"
     )
     assert quality_report(dense, pruned, batches, "builtin:held-out") == report
+
+
+def test_the_report_has_the_model_before_its_repair_against_the_same_dense_one() -> None:
+    rng = np.random.default_rng(0)
+    nats, counts = rng.uniform(10, 400, 40), np.full(40, 100)
+    dense, pruned = Perplexity(nats, counts), Perplexity(nats + 10.0, counts)
+    unrepaired, batches = Perplexity(nats + 30.0, counts), rows_of((8,) * 40)
+    report = quality_report(dense, pruned, batches, "made up", unrepaired=unrepaired)
+    assert report["unrepaired"]["nats_by_row"] == unrepaired.nats.tolist()
+    assert report["unrepaired"].keys() == {*report["pruned"], "ratio", "ratio_interval"}
+    assert report["unrepaired"]["ratio"] == pytest.approx(math.exp(0.3))
+    assert report["unrepaired"]["ratio_interval"] == pytest.approx([math.exp(0.3)] * 2)
+    assert report["ratio"] == pytest.approx(math.exp(0.1))
+    assert f"(x{math.exp(0.1):.2f}), {unrepaired.perplexity:.2f} (x{math.exp(0.3):.2f}) before repair, on" in summary(
+        report
+    )
 
 
 def test_the_interval_is_that_of_the_paired_difference() -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from sglp_deploy.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sglp_deploy.plan import PruningPlan
 
 
 def decode_ceiling(layer_parameters: Sequence[int], dropped: Sequence[int], head_parameters: int) -> float:
@@ -40,6 +44,18 @@ def prefill_ceiling(layer_parameters: Sequence[int], dropped: Sequence[int]) -> 
     _check(layer_parameters, dropped, 0)
     total = sum(layer_parameters)
     return total / (total - sum(layer_parameters[index] for index in dropped))
+
+
+def ceilings_of(plan: PruningPlan, batch_size: int) -> dict[str, float]:
+    """The ceilings of what ``plan`` removes, by metric; none where it removes nothing or knows no parameter counts."""
+    layers = plan.model.get("layer_parameters")
+    head = plan.model.get("head_parameters")
+    if not layers or head is None or not plan.drop:
+        return {}
+    found = {"prefill_latency_s": prefill_ceiling(layers, plan.drop)}
+    if batch_size == 1:  # a larger batch is bound by arithmetic and not by reading weights
+        found["decode_latency_s_per_token"] = decode_ceiling(layers, plan.drop, head)
+    return found
 
 
 def fraction_of_ceiling(speedup: float, ceiling: float) -> float:

@@ -26,6 +26,8 @@ _RUNGS = {
     "device_reserved_peak": ("Peak device memory reserved", ""),
     "device_process_used": ("Device memory of the process", ""),
 }
+# A pruned model whose perplexity is more than so many times the dense one's has a warning.
+_DEAR = 2.0
 _SAMPLES = {"decode_s": ("Decode step", "decode"), "prefill_s": ("Prefill", "prefill")}
 
 
@@ -248,9 +250,22 @@ def parameters(report: Mapping[str, Any]) -> tuple[float | None, float | None]:
     return dense, fmt.number(checkpoint.get("parameters"))
 
 
+def perplexities(report: Mapping[str, Any]) -> dict[str, float]:
+    """Perplexity of those of "dense", "unrepaired" and "pruned" that were evaluated, in this order."""
+    quality = section(report, "quality")
+    found = {arm: fmt.number(section(quality, arm).get("perplexity")) for arm in ("dense", "unrepaired", "pruned")}
+    return {arm: value for arm, value in found.items() if value}
+
+
+def is_dear(report: Mapping[str, Any]) -> bool:
+    """Whether the pruned model, repaired or not, has more than twice the perplexity of the dense one."""
+    found = perplexities(report)
+    return found.keys() >= {"dense", "pruned"} and found["pruned"] > _DEAR * found["dense"]
+
+
 def cards(report: Mapping[str, Any]) -> list[Json]:
     """The headline: ``{"key", "label", "value", "detail", "state"}``; state is good, bad, plain or absent."""
-    plan, quality = section(report, "plan"), section(report, "quality")
+    plan = section(report, "plan")
     main: Json = next((item for item in report["measurements"] if item["kind"] == "depth"), {})
     made: list[Json] = []
 
@@ -275,10 +290,12 @@ def cards(report: Mapping[str, Any]) -> list[Json]:
             _speed_card(add, metric.name, metric.card, main)
     _memory_card(add, main, "Peak memory", ("device_allocated_peak", "device_process_used", "host_peak"))
     _memory_card(add, main, "Weights", ("weight_bytes",))
-    before, after = (fmt.number(section(quality, arm).get("perplexity")) for arm in ("dense", "pruned"))
-    if before and after:
-        detail = f"{fmt.significant(after / before)}× the dense model's; lower is better"
-        add("perplexity", "Perplexity", f"{fmt.significant(before)} → {fmt.significant(after)}", detail)
+    found = perplexities(report)
+    if (before := found.get("dense")) and (after := found.get("pruned")):
+        repaired = f"; {fmt.significant(found['unrepaired'])} before repair" if "unrepaired" in found else ""
+        detail = f"{fmt.significant(after / before)}× the dense model's{repaired}; lower is better"
+        value = f"{fmt.significant(before)} → {fmt.significant(after)}"
+        add("perplexity", "Perplexity", value, detail, "bad" if is_dear(report) else "plain")
     else:
         add("perplexity", "Perplexity", "not measured", "no quality file was given", "absent")
     names = [str(item.get("name")) for item in report["parity"]]

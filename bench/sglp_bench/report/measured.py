@@ -10,7 +10,7 @@ from typing import Any
 
 from sglp_bench.report import wording as fmt
 from sglp_bench.report.charts import speed_pictures
-from sglp_bench.report.facts import Json, section
+from sglp_bench.report.facts import Json, perplexities, section
 from sglp_bench.report.shown import HALF, Badge, Picture, Table, code, digits, picture
 
 
@@ -162,28 +162,31 @@ def _memory(item: Json, key: str) -> Json:
     }
 
 
+# The role of each model in the pictures.
+_ROLES = {"dense": "baseline", "unrepaired": "control", "pruned": "candidate"}
+
+
 def quality_values(report: Mapping[str, Any]) -> Json | None:
-    """Perplexity before and after, and how it was taken; None when it was not evaluated."""
-    quality = section(report, "quality")
-    arms = [(name, section(quality, name)) for name in ("dense", "pruned")]
-    found = [(name, value) for name, arm in arms if (value := fmt.number(arm.get("perplexity"))) is not None]
+    """Perplexity before and after, with the repair apart, and how it was taken; None when it was not evaluated."""
+    quality, found = section(report, "quality"), perplexities(report)
     if not found:
         return None
+    names = {"pruned": "repaired"} if "unrepaired" in found else {}
+    arms = [(names.get(name, name), section(quality, name)) for name in ("dense", "unrepaired", "pruned")]
     ratio, span = fmt.number(quality.get("ratio")), quality.get("ratio_interval")
     bars = [
         {
             "label": "Perplexity",
             "sub": "lower is better",
             "note": "" if ratio is None else f"{fmt.significant(ratio)}×",
-            "bars": [("baseline" if name == "dense" else "candidate", name, value) for name, value in found],
+            "bars": [(_ROLES[name], names.get(name, name), value) for name, value in found.items()],
         }
     ]
     facts: list[tuple[str, Any]] = [
         (f"{name}, nats per token", digits(arm.get("nats_per_token"))) for name, arm in arms if arm
     ]
-    if isinstance(span, list) and len(span) == 2 and None not in span:
-        words = f"{fmt.significant(span[0])} to {fmt.significant(span[1])} times, over other text of this kind"
-        facts.append(("95 % interval of the ratio", words))
+    if words := _span(span):
+        facts.append(("95 % interval of the ratio", f"{words} times, over other text of this kind"))
     facts += [
         (name.removeprefix("n_").replace("_", " "), code(value) if "digest" in name else value)
         for name, value in section(quality, "protocol").items()
@@ -193,5 +196,20 @@ def quality_values(report: Mapping[str, Any]) -> Json | None:
             lambda width, key: speed_pictures.paired_bars(bars, width, key=key, title="Perplexity", kind="number"),
             "quality-bars",
         ),
+        "arms": _arms_table(quality, found) if "unrepaired" in found else None,
         "facts": facts,
     }
+
+
+def _arms_table(quality: Json, found: Mapping[str, float]) -> Table:
+    rows = []
+    for name, label in (("dense", "dense"), ("unrepaired", "pruned, before repair"), ("pruned", "pruned, repaired")):
+        judged = quality if name == "pruned" else section(quality, name)
+        rows.append([label, digits(found.get(name)), digits(judged.get("ratio")), _span(judged.get("ratio_interval"))])
+    return Table(["model", "perplexity", "times dense", "95 % interval"], rows, numeric=[1, 2, 3])
+
+
+def _span(value: Any) -> str | None:
+    if not isinstance(value, list) or len(value) != 2 or None in value:
+        return None
+    return f"{fmt.significant(value[0])} to {fmt.significant(value[1])}"

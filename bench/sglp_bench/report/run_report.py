@@ -19,9 +19,15 @@ from sglp_bench.result import VERSIONS as RESULT_VERSIONS
 from sglp_deploy import _io
 from sglp_deploy.errors import ArtifactError
 from sglp_deploy.plan import VERSIONS as PLAN_VERSIONS
+from sglp_deploy.tasks.base import QUALITY_VERSIONS
 
 SCHEMA = "report/1"  # history: 1 = first
-_VERSIONS = {"comparison": COMPARISON_VERSIONS, "plan": PLAN_VERSIONS, "result": RESULT_VERSIONS}  # else: the first
+_VERSIONS = {
+    "comparison": COMPARISON_VERSIONS,
+    "plan": PLAN_VERSIONS,
+    "quality": QUALITY_VERSIONS,
+    "result": RESULT_VERSIONS,
+}  # else: the first
 _LISTS = ("artifacts", "parity", "measurements", "claims", "cards", "missing")
 
 
@@ -36,7 +42,7 @@ class RunReport:
         artifacts: ``artifact/1`` each, or ``{"name", "manifest", "digest"}``.
         parity: ``parity/1`` each.
         comparisons: ``comparison/2`` each (or ``comparison/1``); one that still has its raw samples brings them along.
-        quality: ``quality/1``.
+        quality: ``quality/2`` (or ``quality/1``).
         results: ``result/2`` (or ``result/1``) by the name of the comparison, or in the same order.
         provenance: ``{"versions", "machine", "command", "created", "seed", "stages"}``, each optional.
         title: Heading of the page; made from the model and its depth when omitted.

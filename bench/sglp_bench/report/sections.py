@@ -13,8 +13,9 @@ from markupsafe import Markup
 
 from sglp_bench.report import wording as fmt
 from sglp_bench.report.charts import plan_pictures
-from sglp_bench.report.facts import Json, numbers_only, section
+from sglp_bench.report.facts import Json, is_dear, numbers_only, perplexities, section
 from sglp_bench.report.shown import HALF, Badge, Table, code, digits, picture
+from sglp_deploy.overlay import repairs_of
 
 
 def subtitle(report: Mapping[str, Any]) -> str:
@@ -27,6 +28,27 @@ def subtitle(report: Mapping[str, Any]) -> str:
         str(provenance.get("created") or "").replace("T", " ").replace("+00:00", " UTC"),
     )
     return " · ".join(item for item in known if item) or "no provenance was recorded"
+
+
+def price_values(report: Mapping[str, Any]) -> Json | None:
+    """What was paid, in sentences that stand before all others; None where it was not evaluated."""
+    plan, found = section(report, "plan"), perplexities(report)
+    if not found.keys() >= {"dense", "pruned"}:
+        return None
+    gone, kept = len(plan.get("drop", [])), len(plan.get("keep", []))
+    cause = f"Removing {gone} of {gone + kept} layers" if kept else "Pruning"
+    dense, pruned = fmt.significant(found["dense"]), fmt.significant(found["pruned"])
+    times = f"{fmt.significant(found['pruned'] / found['dense'])} times the dense model's"
+    said = f"{cause} takes perplexity on held-out text from {dense} to"
+    refused = section(plan, "compensation").get("refused") or []
+    if "unrepaired" in found:
+        names = fmt.words(list(dict.fromkeys(str(record["repair"]) for record in repairs_of(section(plan, "overlay")))))
+        by = f" ({names})" if names else ""
+        sentences = [f"{said} {fmt.significant(found['unrepaired'])} before repair and {pruned} after it{by}, {times}."]
+    else:
+        sentences = [f"{said} {pruned}, {times}."]
+    sentences += [f"The repair {item.get('repair')} was not used: {item.get('why')}." for item in refused]
+    return {"sentences": sentences, "dear": is_dear(report)}
 
 
 def _layers(drop: list[int]) -> str:
