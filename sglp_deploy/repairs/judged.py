@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,7 @@ def repaired(
         except UnsupportedModelError as error:
             fitted, why = Fitted(), str(error)
         after = bench.loss(pruned.module) if bench.changed else before
+    losses = {"loss_dense": dense, "loss_before": before, "loss_after": after}
     record: dict[str, Any] = {
         "repair": method,
         "source": made.source,
@@ -88,9 +90,8 @@ def repaired(
             "n_held_out": len(bench.held_out),
             "n_minibatches": len(bench.batches),
         },
-        "loss_dense": dense,
-        "loss_before": before,
-        "loss_after": after,
+        # Beyond all numbers is not a number in a file: None.
+        **{name: loss if isfinite(loss) else None for name, loss in losses.items()},
         **fitted.facts,
         "not_done": list(fitted.not_done),
     }

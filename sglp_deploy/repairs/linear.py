@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from sglp_deploy.errors import ConfigError
 from sglp_deploy.repairs.branches import as_stored, weight_of
 from sglp_deploy.repairs.least_squares import NormalEquations, best_ridge
+from sglp_deploy.repairs.options import LinearOptions
 from sglp_deploy.repairs.refit import RIDGES, Site
 from sglp_deploy.repairs.seam import Fitted
 from sglp_deploy.repairs.workbench import Workbench
-
-
-@dataclass(frozen=True)
-class LinearOptions:
-    """What a caller may ask of :class:`Linear`.
-
-    Attributes:
-        ridge: Pull towards the identity, in units of the mean squared output; chosen on held-out rows when None.
-    """
-
-    ridge: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.ridge is not None and not self.ridge > 0:
-            raise ConfigError(f"ridge={self.ridge} must be above 0; leave it out to have it chosen on held-out rows")
 
 
 class Linear:

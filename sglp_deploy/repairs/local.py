@@ -4,46 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from sglp_deploy.errors import ConfigError
-from sglp_deploy.repairs.refit import Refit, RefitOptions
+from sglp_deploy.repairs.options import LocalOptions, RefitOptions
+from sglp_deploy.repairs.refit import Refit
 from sglp_deploy.repairs.seam import Fitted
 from sglp_deploy.repairs.streams import KeptStream
 from sglp_deploy.repairs.workbench import Workbench
-
-
-@dataclass(frozen=True)
-class LocalOptions:
-    """What a caller may ask of :class:`Local`.
-
-    Attributes:
-        epochs: Passes over the calibration rows for each window.
-        learning_rate: Of Adam, at its highest; 0.035 / sqrt(hidden size) when None.
-        window: Layers trained together, at most; the last of them stands before a gap.
-        later: Whether layers behind the last gap are trained too, each window to its own unpruned output.
-        seed: Order of the minibatches.
-    """
-
-    epochs: int = 2
-    learning_rate: float | None = None
-    window: int = 2
-    later: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        faults = [
-            f"{name}={getattr(self, name)} must be at least 1"
-            for name in ("epochs", "window")
-            if getattr(self, name) < 1
-        ]
-        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
-            faults.append(f"learning_rate={self.learning_rate} must lie between 0 and 1")
-        if faults:
-            raise ConfigError(faults)
 
 
 class Local:

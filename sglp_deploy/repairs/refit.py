@@ -10,33 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from sglp_deploy.errors import ConfigError, UnsupportedModelError
+from sglp_deploy.errors import UnsupportedModelError
 from sglp_deploy.repairs.branches import Branch, as_stored, weight_of
 from sglp_deploy.repairs.least_squares import NormalEquations, best_ridge
+from sglp_deploy.repairs.options import RefitOptions
 from sglp_deploy.repairs.seam import Fitted
 from sglp_deploy.repairs.streams import KeptStream
 from sglp_deploy.repairs.workbench import Workbench
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-
-
-@dataclass(frozen=True)
-class RefitOptions:
-    """What a caller may ask of :class:`Refit`.
-
-    Attributes:
-        ridge: Pull towards the old weights, in units of the mean squared activation; chosen on held-out rows when None.
-        attention: Whether attention's output projection is fitted too, before the MLP's.
-        later: Whether the MLPs of all layers behind the first gap are fitted, each to its own unpruned output.
-    """
-
-    ridge: float | None = None
-    attention: bool = True
-    later: bool = False
-
-    def __post_init__(self) -> None:
-        if self.ridge is not None and not self.ridge > 0:
-            raise ConfigError(f"ridge={self.ridge} must be above 0; leave it out to have it chosen on held-out rows")
 
 
 class Refit:

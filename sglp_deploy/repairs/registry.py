@@ -8,6 +8,7 @@ from typing import Any, Final, cast
 
 from sglp_deploy._names import unknown_name
 from sglp_deploy.planners.registry import options_from
+from sglp_deploy.repairs.options import OPTIONS
 from sglp_deploy.repairs.seam import Repair
 
 REPAIRS: Final[Mapping[str, str]] = {
@@ -36,4 +37,6 @@ def read_options(name: str, given: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: If the repair or a key is unknown, with the nearest match and the list, or a value does not fit.
     """
-    return options_from(repair(name).Options, given, f"repair {name!r}")
+    if name not in OPTIONS:
+        raise unknown_name("repair", name, REPAIRS)
+    return options_from(OPTIONS[name], given, f"repair {name!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,17 +10,13 @@ from torch import nn
 
 from sglp_deploy.errors import CalibrationError, UnsupportedModelError
 from sglp_deploy.repairs.branches import Branch
+from sglp_deploy.repairs.options import ScaleOptions
 from sglp_deploy.repairs.seam import Fitted
 from sglp_deploy.repairs.streams import KeptStream
 from sglp_deploy.repairs.workbench import Gap, Workbench
 
 # A stream that was scaled by a power of ten is that stream again, up to rounding and the epsilon of its norms.
 _ROUNDING = 2e-2
-
-
-@dataclass(frozen=True)
-class ScaleOptions:
-    """There are none."""
 
 
 class Scale:

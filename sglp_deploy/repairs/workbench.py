@@ -82,6 +82,7 @@ class Workbench:
         self._progress = progress
         self._behind: dict[int, KeptStream] = {}
         self._changed: dict[str, nn.Parameter] = {}
+        self._before: dict[str, torch.Tensor] = {}
         self._files = 0
 
     @property
@@ -104,8 +105,12 @@ class Workbench:
 
     @property
     def changed(self) -> dict[str, torch.Tensor]:
-        """What was put in, under its name in the unpruned model, as it is now."""
-        return {name: parameter.detach() for name, parameter in self._changed.items()}
+        """What was put in and is not what was there before, under its name in the unpruned model, as it is now."""
+        return {
+            name: parameter.detach()
+            for name, parameter in self._changed.items()
+            if not torch.equal(parameter.detach(), self._before[name])
+        }
 
     def valid(self, index: int) -> torch.Tensor:
         """Which positions of a minibatch hold data."""
@@ -203,6 +208,7 @@ class Workbench:
             owner, _, leaf = place.rpartition(".")
             setattr(module.get_submodule(owner), leaf, parameter)
         self._changed[old_name] = parameter
+        self._before.setdefault(old_name, old.detach())
 
     def distance(self, stream: KeptStream, start: int, stop: int, target: KeptStream) -> float:
         """Mean over held-out positions of the relative squared distance to ``target`` after layers start to stop."""

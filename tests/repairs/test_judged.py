@@ -125,8 +125,11 @@ def test_repairs_follow_one_another(compressor: Compressor, monkeypatch: pytest.
     second = compressor.repair(first, "refit")
     assert second.overlay is not None
     assert [record["repair"] for record in second.overlay["made_by"]] == ["linear", "refit"]
+    assert first.weights is not None
     assert second.weights is not None
-    assert len(second.weights.tensors) == 2
+    down = "model.layers.1.mlp.down_proj.weight"  # linear's is what refit started from
+    assert set(first.weights.tensors) == {down}
+    assert not torch.equal(first.weights.tensors[down], second.weights.tensors[down])
 
 
 def test_a_repair_that_does_not_help_is_refused_and_the_plan_says_why(
@@ -140,6 +143,17 @@ def test_a_repair_that_does_not_help_is_refused_and_the_plan_says_why(
     (refused,) = made.compensation["refused"]
     assert refused["why"] == "the loss on held-out rows does not become lower (5.0000 to 5.0000)"
     assert PruningPlan.from_json(json.loads(json.dumps(made.to_json()))) == made
+
+
+def test_a_loss_beyond_all_numbers_is_none_in_the_file(
+    compressor: Compressor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    losses(monkeypatch, 3.0, float("inf"), 4.0)
+    made = compressor.repair(compressor.plan_by_hand(DROP))
+    assert made.overlay is not None
+    assert made.overlay["made_by"][0]["loss_before"] is None
+    made.save(tmp_path / "plan.json")
+    assert PruningPlan.load(tmp_path / "plan.json").digest() == made.digest()
 
 
 def test_what_cannot_be_folded_is_refused_with_the_reason(
@@ -211,7 +225,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     [
         ("refitt", {}, "unknown repair 'refitt'.*did you mean 'refit'"),
         ("refit", {"rigde": 1}, "unknown option of repair 'refit' 'rigde'.*did you mean 'ridge'"),
-        ("refit", {"ridge": "-1"}, r"ridge=-1\.0 must be above 0"),
+        ("refit", {"ridge": "-1"}, r"ridge=-1\.0 must be above 0; it is a pull towards the old weights; leave it out"),
         ("refit", {"attention": "perhaps"}, "attention='perhaps' does not fit repair 'refit'"),
         ("linear", {"ridge": 0}, r"ridge=0\.0 must be above 0"),
         ("scale", {"alpha": 2}, "repair 'scale' takes no options"),

@@ -16,10 +16,11 @@ import zoo
 from sglp_deploy.evidence.text import CalibrationSet
 from sglp_deploy.materialize import materialize
 from sglp_deploy.models import LoadedModel, layer_stack, source_of
-from sglp_deploy.repairs.linear import Linear, LinearOptions
-from sglp_deploy.repairs.local import Local, LocalOptions
-from sglp_deploy.repairs.refit import Refit, RefitOptions
-from sglp_deploy.repairs.scale import Scale, ScaleOptions
+from sglp_deploy.repairs.linear import Linear
+from sglp_deploy.repairs.local import Local
+from sglp_deploy.repairs.options import LinearOptions, LocalOptions, RefitOptions, ScaleOptions
+from sglp_deploy.repairs.refit import Refit
+from sglp_deploy.repairs.scale import Scale
 from sglp_deploy.repairs.workbench import Workbench
 from sglp_deploy.tasks.language import LanguageTask
 
@@ -205,6 +206,7 @@ def test_a_fit_that_does_not_help_is_taken_back(workbench: Make, monkeypatch: py
     assert len(fitted.not_done) == 2
     assert "does not bring the held-out stream closer (1 to 1); taken back" in fitted.not_done[0]
     assert all(torch.equal(value, before[name]) for name, value in bench.pruned.module.state_dict().items())
+    assert bench.changed == {}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
