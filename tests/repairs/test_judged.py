@@ -246,16 +246,21 @@ def test_every_repair_is_what_the_seam_asks_for() -> None:
         assert _io.plain(vars(made.Options())) is not None
 
 
+def _live_bytes() -> int:
+    gc.collect()
+    plain = (torch.Tensor, torch.nn.Parameter)  # and not what traces of other tests have left
+    return sum(each.nbytes for each in gc.get_objects() if type(each) in plain)
+
+
 def test_memory_does_not_grow_with_the_calibration_set() -> None:
     def most(tokens: int) -> int:
-        """Bytes of tensors that live whenever a weight is put in."""
+        """Bytes of tensors that came to live by the time a weight is put in."""
+        before = _live_bytes()
         text = CalibrationSet.builtin(max_tokens=tokens, sequence_length=64)
         made, seen, put = Compressor(tiny.loaded("llama"), calibration=text), [0], Workbench.put
 
         def measured(bench: Workbench, layer: int, path: str, value: torch.Tensor) -> None:
-            gc.collect()
-            tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
-            seen.append(sum({each.untyped_storage().data_ptr(): each.nbytes for each in tensors}.values()))
+            seen.append(_live_bytes() - before)
             put(bench, layer, path, value)
 
         with pytest.MonkeyPatch.context() as patch:
