@@ -13,7 +13,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from sglp_deploy import CalibrationSet, Compressor, _io
 from sglp_deploy.artifact import producer_versions
 from sglp_deploy.plan import PruningPlan
 from sglp_deploy.tasks.language import perplexity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SCHEMA = "repairs/1"  # history: 1 = first
 
@@ -108,7 +111,7 @@ def judge(model: torch.nn.Module, judged: np.ndarray) -> float:
     batches = CalibrationSet.from_token_ids(
         list(judged), max_tokens=judged.size, sequence_length=judged.shape[1], batch_size=1
     )
-    return perplexity(model, batches.encode(None)).perplexity  # type: ignore[arg-type]
+    return perplexity(cast("PreTrainedModel", model), batches.encode(None)).perplexity
 
 
 def result(arguments: argparse.Namespace, cells: dict[str, Any]) -> dict[str, Any]:

@@ -104,12 +104,11 @@ def is_linear(module: nn.Module) -> bool:
 
 def weight_of(projection: nn.Module) -> torch.Tensor:
     """The map as (outputs, inputs), whichever way round the module keeps it."""
-    weight: torch.Tensor = projection.weight  # type: ignore[assignment]
+    weight = projection.get_parameter("weight")
     return weight.T if type(projection).__name__ == "Conv1D" else weight
 
 
 def as_stored(projection: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """Inverse of :func:`weight_of`, in the module's own element type."""
-    own: torch.Tensor = projection.weight  # type: ignore[assignment]
     turned = weight.T if type(projection).__name__ == "Conv1D" else weight
-    return turned.to(own.dtype).contiguous()
+    return turned.to(projection.get_parameter("weight").dtype).contiguous()

@@ -96,7 +96,7 @@ def _train(
             with torch.enable_grad():
                 error = _error(bench, indices[place], start, stop, stream, target)
                 optimizer.zero_grad(set_to_none=True)
-                error.backward()  # type: ignore[no-untyped-call]
+                error.backward()  # type: ignore[no-untyped-call]  # torch types backward only partly
             optimizer.step()
             step += 1
     for key, parameter in own.items():

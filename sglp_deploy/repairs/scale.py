@@ -15,7 +15,7 @@ from sglp_deploy.repairs.seam import Fitted
 from sglp_deploy.repairs.streams import KeptStream
 from sglp_deploy.repairs.workbench import Gap, Workbench
 
-# A stream that was scaled by a power of ten is that stream again, up to rounding and the epsilon of its norms.
+# How far the scaled stream may be from the stream times the factor: rounding, and the epsilon of its norms.
 _ROUNDING = 2e-2
 
 
@@ -27,8 +27,8 @@ class Scale:
     The factor is folded into the embeddings and into every output projection (weight and bias) up to the gap.  Layers
     with a norm in front see the same direction as before.  Where a norm stands behind a projection (Gemma-2 and later,
     OLMo-2), the norm's weight is scaled in its place.  A tied output head would be scaled with the embedding; the last
-    norm's weight is divided by the product of all factors, which takes that back.  That all this does to the model what
-    it should is checked on its hidden states, and on its loss with no gap in between.
+    norm's weight is divided by the product of all factors, which takes that back.  That the stream comes out scaled is
+    checked on one minibatch.
 
     Source: Prune&Comp, arXiv:2507.18212.  Ours: biases, post-norms, tied heads, and one pass over the gaps from shallow
     to deep for a set of layers that is given.

@@ -60,6 +60,10 @@ class KeptStream:
                 "TMPDIR to another disk, or give fewer calibration tokens"
             ) from error
 
+    def discard(self) -> None:
+        """Give the room on the disk back; nothing can be read afterwards."""
+        self._path.unlink(missing_ok=True)
+
     def read(self, index: int) -> torch.Tensor:
         """One minibatch."""
         start = sum(int(np.prod(shape)) for shape in self._shapes[:index])

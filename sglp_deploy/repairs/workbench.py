@@ -137,7 +137,8 @@ class Workbench:
         """The pruned model's hidden states at its boundary ``stop``, as it is repaired so far.
 
         Args:
-            before: Its states at boundary ``start``; it is run from the beginning when omitted.
+            before: Its states at boundary ``start``, which are given up for the new ones; it is run from the beginning
+                when omitted.
             start: First layer to run, in new numbers.
             stop: One beyond the last.
         """
@@ -147,6 +148,8 @@ class Workbench:
         for index, batch in enumerate(self.batches):
             with torch.inference_mode():
                 made.append(self._own.run(batch, start, stop, None if before is None else before.read(index)))
+        if before is not None:
+            before.discard()  # or the disk would hold one stream more for every gap
         return made
 
     def run(self, index: int, start: int, stop: int, hidden: torch.Tensor) -> torch.Tensor:

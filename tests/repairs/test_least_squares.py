@@ -54,7 +54,10 @@ def test_rows_that_depend_on_one_another_are_solved_all_the_same() -> None:
     found = _sums(x, y, weight).solve(torch.from_numpy(old), 1e-18)
     assert bool(found.isfinite().all())
     alone = np.linalg.lstsq(np.sqrt(weight)[:, None] * x, np.sqrt(weight)[:, None] * y, rcond=None)[0]
-    residual = lambda w: float((weight[:, None] * (x @ w - y) ** 2).sum())  # noqa: E731
+
+    def residual(weights: np.ndarray) -> float:
+        return float((weight[:, None] * (x @ weights - y) ** 2).sum())
+
     assert residual(found.numpy()) == pytest.approx(residual(alone), rel=1e-6)
 
 

@@ -168,12 +168,13 @@ def test_refit_of_a_family_with_norms_behind_its_projections_brings_the_stream_c
     assert any("norm" in name for name in bench.changed)
 
 
-def test_gaps_are_fitted_from_shallow_to_deep_on_the_repaired_stream(workbench: Make) -> None:
+def test_gaps_are_fitted_from_shallow_to_deep_on_the_repaired_stream(workbench: Make, tmp_path: Path) -> None:
     bench, (attention, mlp) = workbench("llama", drop=(1, 4)), PROJECTIONS["llama"]
     fitted = Refit().fit(bench, RefitOptions(ridge=0.05, attention=False))
     assert [(fit["layer"], fit["behind"], fit["projection"]) for fit in fitted.facts["fits"]] == [
         (0, 2, mlp), (3, 5, mlp),
     ]  # fmt: skip
+    assert len(list(tmp_path.iterdir())) == 2 + 1  # the unpruned stream behind each gap, and one of its own
     # The second gap's layer, by the pruned model as it is now: the first gap's fit is in its input.
     target, rows = behind(bench, 5), passed(bench, 2, (attention, mlp))
     old = matrix(layer_stack(loaded("llama").module).layers[3].get_submodule(mlp))
