@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from sglp_deploy.repairs.branches import as_stored, weight_of
-from sglp_deploy.repairs.least_squares import NormalEquations, best_ridge
+from sglp_deploy.evidence.branches import as_stored, weight_of
+from sglp_deploy.evidence.least_squares import NormalEquations, best_ridge
 from sglp_deploy.repairs.options import LinearOptions
 from sglp_deploy.repairs.refit import RIDGES, Site
 from sglp_deploy.repairs.seam import Fitted

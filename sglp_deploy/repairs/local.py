@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from sglp_deploy.evidence.streams import KeptStream
 from sglp_deploy.repairs.options import LocalOptions, RefitOptions
 from sglp_deploy.repairs.refit import Refit
 from sglp_deploy.repairs.seam import Fitted
-from sglp_deploy.repairs.streams import KeptStream
 from sglp_deploy.repairs.workbench import Workbench
 
 

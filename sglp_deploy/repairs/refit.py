@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from sglp_deploy.errors import UnsupportedModelError
-from sglp_deploy.repairs.branches import Branch, as_stored, weight_of
-from sglp_deploy.repairs.least_squares import NormalEquations, best_ridge
+from sglp_deploy.evidence.branches import Branch, as_stored, weight_of
+from sglp_deploy.evidence.least_squares import NormalEquations, best_ridge
+from sglp_deploy.evidence.streams import KeptStream
 from sglp_deploy.repairs.options import RefitOptions
 from sglp_deploy.repairs.seam import Fitted
-from sglp_deploy.repairs.streams import KeptStream
 from sglp_deploy.repairs.workbench import Workbench
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from sglp_deploy.errors import CalibrationError, UnsupportedModelError
-from sglp_deploy.repairs.branches import Branch
+from sglp_deploy.evidence.branches import Branch
+from sglp_deploy.evidence.streams import KeptStream
 from sglp_deploy.repairs.options import ScaleOptions
 from sglp_deploy.repairs.seam import Fitted
-from sglp_deploy.repairs.streams import KeptStream
 from sglp_deploy.repairs.workbench import Gap, Workbench
 
 # How far the scaled stream may be from the stream times the factor: rounding, and the epsilon of its norms.

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from sglp_deploy.errors import CalibrationError
+from sglp_deploy.evidence.branches import Branch, find_branches
+from sglp_deploy.evidence.streams import KeptStream, StackRunner
 from sglp_deploy.models.library import evaluating
-from sglp_deploy.repairs.branches import Branch, find_branches
-from sglp_deploy.repairs.streams import KeptStream, StackRunner
 
 if TYPE_CHECKING:
     from sglp_deploy.materialize import CompressedModel

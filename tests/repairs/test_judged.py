@@ -17,12 +17,12 @@ import torch
 import tiny
 from sglp_deploy import Compressor, _io
 from sglp_deploy.errors import CalibrationError, ConfigError, PlanError, StorageError
+from sglp_deploy.evidence.streams import KeptStream
 from sglp_deploy.evidence.text import CalibrationSet
 from sglp_deploy.plan import PruningPlan
 from sglp_deploy.repairs import judged
 from sglp_deploy.repairs.registry import REPAIRS, read_options, repair
 from sglp_deploy.repairs.seam import Fitted
-from sglp_deploy.repairs.streams import KeptStream
 from sglp_deploy.repairs.workbench import Workbench
 
 DROP = (2, 3)
@@ -159,7 +159,7 @@ def test_a_loss_beyond_all_numbers_is_none_in_the_file(
 def test_what_cannot_be_folded_is_refused_with_the_reason(
     compressor: Compressor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sglp_deploy.repairs.branches._ROUNDING", {torch.float32: -1.0})
+    monkeypatch.setattr("sglp_deploy.evidence.branches._ROUNDING", {torch.float32: -1.0})
     made = compressor.repair(compressor.plan_by_hand(DROP))
     assert made.compensation is not None
     assert re.search(

@@ -12,8 +12,8 @@ from torch import nn
 
 import tiny
 import zoo
+from sglp_deploy.evidence.streams import KeptStream, StackRunner
 from sglp_deploy.models import layer_stack
-from sglp_deploy.repairs.streams import KeptStream, StackRunner
 from sglp_deploy.tasks.language import LanguageTask
 
 FAMILIES = ("llama", "gemma3", "gpt2", "opt", "falcon", "qwen3_moe")

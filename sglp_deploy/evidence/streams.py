@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from sglp_deploy.errors import StorageError, UnsupportedModelError
 from sglp_deploy.evidence.probes.base import hidden_into, hidden_of
 from sglp_deploy.models import LayerStack
 from sglp_deploy.models.library import evaluating
-from sglp_deploy.tasks.base import Task
+
+if TYPE_CHECKING:
+    from sglp_deploy.tasks.base import Task
 
 
 class _Reached(Exception):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglp_deploy.repairs.least_squares import NormalEquations, best_ridge
+from sglp_deploy.evidence.least_squares import NormalEquations, best_ridge
 
 ROWS, INPUTS, OUTPUTS = 60, 7, 4
 
