@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -112,3 +113,28 @@ def as_stored(projection: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """Inverse of :func:`weight_of`, in the module's own element type."""
     turned = weight.T if type(projection).__name__ == "Conv1D" else weight
     return turned.to(projection.get_parameter("weight").dtype).contiguous()
+
+
+@contextmanager
+def watching(
+    layer: nn.Module, paths: Sequence[str], seen: dict[str, tuple[torch.Tensor, torch.Tensor]]
+) -> Iterator[None]:
+    """Keep the input and the output of modules of a layer in ``seen``, by path, while it runs."""
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            made = output[0] if isinstance(output, tuple) else output
+            given = arguments[0] if arguments and isinstance(arguments[0], torch.Tensor) else made
+            seen[path] = (given.detach(), made.detach())
+
+        return hook
+
+    with ExitStack() as cleanup:
+        for path in dict.fromkeys(paths):
+            cleanup.callback(layer.get_submodule(path).register_forward_hook(keep(path)).remove)
+        yield
+
+
+def flat(values: torch.Tensor) -> torch.Tensor:
+    """(rows, channels) of hidden states that may have kept batch and positions apart."""
+    return values.reshape(-1, values.shape[-1])

@@ -15,9 +15,10 @@ from torch import nn
 
 from sglp_deploy.errors import CalibrationError, PlanError
 from sglp_deploy.evidence.collect import collect_layer_stats
+from sglp_deploy.evidence.gaps import GapMeter
 from sglp_deploy.evidence.probes import PROBES, make_probes
 from sglp_deploy.evidence.probes.base import hidden_into, hidden_of
-from sglp_deploy.evidence.statistics import LayerStats
+from sglp_deploy.evidence.statistics import GapLosses, LayerStats
 from sglp_deploy.models import LayerStack
 from sglp_deploy.models.library import evaluating
 from sglp_deploy.models.proof import passed_over
@@ -35,6 +36,10 @@ class _Taken:
 
     stats: dict[tuple[str, ...], LayerStats] = field(default_factory=dict)
     losses: dict[tuple[int, ...], float] = field(default_factory=dict)
+    meter: GapMeter | None = None
+    # With what each took, in forward passes.
+    gaps: dict[int, tuple[GapLosses, float]] = field(default_factory=dict)
+    repaired: dict[tuple[int, ...], tuple[float, float]] = field(default_factory=dict)
 
 
 class ModelEvidence:
@@ -72,6 +77,7 @@ class ModelEvidence:
         self._taken = _Taken()
         self._used: list[LayerStats] = []
         self._ran = False  # whether the model ran for this view in another way than a pass with probes
+        self._passes: dict[Any, float] = {}  # work of the repaired gaps and plans that this view has asked for
         self.seed = seed
         self.groups: tuple[tuple[int, ...], ...] = ()
 
@@ -140,6 +146,44 @@ class ModelEvidence:
             self._taken.losses[gone] = self._loss(gone)
         return self._taken.losses[gone]
 
+    def gap_losses(self, longest: int) -> GapLosses:
+        """What every gap of up to ``longest`` layers adds to the loss after the layer before it is fitted for it.
+
+        Raises:
+            CalibrationError: If the calibration rows cannot support it.
+            StorageError: If hidden states cannot be kept on disk.
+        """
+        if longest not in self._taken.gaps:
+            meter = self._meter()
+            before = meter.passes
+            self._taken.gaps[longest] = (meter.losses(longest), meter.passes - before)
+        found, self._passes[longest] = self._taken.gaps[longest]
+        return found
+
+    def losses_repaired(self, plans: Sequence[Sequence[int]]) -> list[float]:
+        """Loss of each plan with the layer before each of its gaps fitted, on rows that nothing was fitted on.
+
+        Args:
+            plans: Layers that are removed, for each plan.
+
+        Raises:
+            PlanError: If there is no such layer.
+            CalibrationError: If the calibration rows cannot support it.
+            StorageError: If hidden states cannot be kept on disk.
+        """
+        wanted = [tuple(sorted(set(plan))) for plan in plans]
+        for plan in wanted:
+            self._check(plan, self.n_layers - 1)
+        new = [plan for plan in dict.fromkeys(wanted) if plan not in self._taken.repaired]
+        if new:
+            meter = self._meter()
+            before = meter.passes
+            losses = meter.chained(new)
+            share = (meter.passes - before) / len(new)
+            self._taken.repaired |= {plan: (loss, share) for plan, loss in zip(new, losses, strict=True)}
+        self._passes |= {plan: self._taken.repaired[plan][1] for plan in wanted}
+        return [self._taken.repaired[plan][0] for plan in wanted]
+
     def hidden(
         self, boundaries: Sequence[int], *, without: Sequence[int] = ()
     ) -> Iterator[dict[int, NDArray[np.float32]]]:
@@ -179,23 +223,27 @@ class ModelEvidence:
         return {f"{name}.{leaf}": parameter.detach() for leaf, parameter in own}
 
     def record(self) -> dict[str, Any]:
-        """What this view has looked at: ``counts``, ``options`` and ``elapsed_s`` of its passes."""
+        """What this view has looked at: ``counts``, ``options`` and ``elapsed_s`` of its passes.
+
+        ``forward_passes`` is the work of repaired gaps and plans, in forward passes over the calibration rows.
+        """
+        repaired = {"forward_passes": round(sum(self._passes.values()), 1)} if self._passes else {}
         if self._used:
             last = self._used[-1]
             n_rows = max(each.n_rows for each in self._used)
-            counts = {"n_samples": last.n_samples, "n_tokens": last.n_tokens, "n_rows": n_rows}
+            counts = {"n_samples": last.n_samples, "n_tokens": last.n_tokens, "n_rows": n_rows, **repaired}
             return {"counts": counts, "options": last.options, "elapsed_s": sum(each.elapsed_s for each in self._used)}
-        if not self._ran:
+        if not self._ran and not repaired:
             return {"counts": {}, "options": {}, "elapsed_s": 0.0}
         batches = self._make_batches()
-        counts = {"n_samples": batches.n_samples, "n_tokens": batches.n_tokens, "n_rows": 0}
+        counts = {"n_samples": batches.n_samples, "n_tokens": batches.n_tokens, "n_rows": 0, **repaired}
         return {"counts": counts, "options": {}, "elapsed_s": 0.0}
 
     def view(self, groups: Sequence[Sequence[int]] = ()) -> ModelEvidence:
         """The same evidence for one decision: what was measured is shared, the record begins anew."""
         view = copy.copy(self)
         view.groups = tuple(tuple(group) for group in groups)
-        view._used, view._ran = [], False
+        view._used, view._ran, view._passes = [], False, {}
         return view
 
     def _check(self, numbers: Sequence[int], last: int) -> None:
@@ -236,6 +284,12 @@ class ModelEvidence:
                 "overflow; check the checkpoint, or run in float32"
             )
         return mean
+
+    def _meter(self) -> GapMeter:
+        if self._taken.meter is None:
+            batches = list(self._batches())
+            self._taken.meter = GapMeter(self._model, self._stack, self._task, batches, self._progress)
+        return self._taken.meter
 
     def _stage(self, name: str) -> Callable[[int, int], None] | None:
         report = self._progress

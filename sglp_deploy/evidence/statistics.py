@@ -142,3 +142,21 @@ class LayerStats:
             raise ArtifactError(f"the statistics lack {error}; the file is not complete; calibrate again") from error
         except (TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"a field of the statistics is wrong; {error}; calibrate again") from error
+
+
+@dataclass(frozen=True)
+class GapLosses:
+    """What every gap of consecutive layers costs after the layer before it is fitted to make up for it.
+
+    Attributes:
+        dense: Loss of the unpruned model on the rows that judge, nats per prediction.
+        added: Loss that a gap adds, nats per prediction, shape (L, longest): row ``b``, column ``n - 1`` is for layers
+            ``b`` to ``b + n - 1``; infinite where there are no such layers.
+        judged: Which of these were measured, same shape; the others go on as the last measured step of their row.
+        n_tokens: Tokens that judge.
+    """
+
+    dense: float
+    added: NDArray[np.float64]
+    judged: NDArray[np.bool_]
+    n_tokens: int

@@ -14,7 +14,10 @@ from sglp_deploy._names import unknown_name
 from sglp_deploy.errors import ConfigError
 from sglp_deploy.planners.seam import Planner
 
-PLANNERS: Final[Mapping[str, str]] = {"sglp": "sglp_deploy.planners.sglp:SglpPlanner"}
+PLANNERS: Final[Mapping[str, str]] = {
+    "auto": "sglp_deploy.planners.auto:AutoPlanner",
+    "sglp": "sglp_deploy.planners.sglp:SglpPlanner",
+}
 PLANNER_GROUP: Final = "sglp_deploy.planners"
 _RESERVED: Final = ("statistics", "groups")  # keys of a plan's options that are no planner's
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglp_deploy.errors import PlanError
-from sglp_deploy.evidence.statistics import LayerStats
+from sglp_deploy.evidence.statistics import GapLosses, LayerStats
 from sglp_deploy.planners.budget import Budget, LayerFacts
 
 Matrix = tuple[tuple[float, ...], ...]
@@ -39,6 +39,14 @@ class Evidence(LayerFacts, Protocol):
 
     def loss_without(self, layers: Sequence[int] = ()) -> float:
         """Mean loss on the calibration rows with ``layers`` passed over, nats per prediction."""
+        ...
+
+    def gap_losses(self, longest: int) -> GapLosses:
+        """What every gap of up to ``longest`` layers adds to the loss after the layer before it is fitted for it."""
+        ...
+
+    def losses_repaired(self, plans: Sequence[Sequence[int]]) -> list[float]:
+        """Loss of each plan with the layer before each of its gaps fitted, on rows that nothing was fitted on."""
         ...
 
     def hidden(
@@ -170,6 +178,24 @@ class FixedEvidence:
         if layers:
             raise self._needs_model("the loss without some layers")
         return self.stats.loss
+
+    def gap_losses(self, longest: int) -> GapLosses:
+        """Not known without a model.
+
+        Raises:
+            PlanError: Always.
+        """
+        del longest
+        raise self._needs_model("losses of repaired gaps")
+
+    def losses_repaired(self, plans: Sequence[Sequence[int]]) -> list[float]:
+        """Not known without a model.
+
+        Raises:
+            PlanError: Always.
+        """
+        del plans
+        raise self._needs_model("losses of repaired plans")
 
     def hidden(
         self, boundaries: Sequence[int], *, without: Sequence[int] = ()

@@ -123,3 +123,10 @@ def _segment_and_drop(
             if n_segments == 1:
                 raise
         n_segments -= 1
+
+
+def segments_of(evidence: Evidence) -> tuple[tuple[int, int], ...]:
+    """The segments SGLP finds with its defaults, for planners that only want a survivor in each."""
+    similarity = SimilarityMatrix.from_stats(evidence.measured("cka"), SglpOptions.estimator)
+    n_segments = choose_n_segments(loss_curve(similarity, kind=SglpOptions.profile), limit=evidence.n_layers)
+    return fisher_segmentation(similarity, n_segments, kind=SglpOptions.profile).segments

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from sglp_deploy.errors import UnsupportedModelError
-from sglp_deploy.evidence.branches import Branch, as_stored, weight_of
+from sglp_deploy.evidence.branches import Branch, as_stored, flat, watching, weight_of
 from sglp_deploy.evidence.least_squares import NormalEquations, best_ridge
 from sglp_deploy.evidence.streams import KeptStream
 from sglp_deploy.repairs.options import RefitOptions
@@ -111,9 +110,7 @@ class Site:
         for index in indices:
             seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
             given = self.bench.given(index, self.stream)
-            with ExitStack() as cleanup, torch.inference_mode():
-                for path in paths:
-                    cleanup.callback(self.module.get_submodule(path).register_forward_hook(_keeping(seen, path)).remove)
+            with watching(self.module, paths, seen), torch.inference_mode():
                 self.bench.run(index, self.layer, self.layer + 1, given)
             valid = self.bench.valid(index).flatten().to(given.device)
             width = given.shape[-1]
@@ -138,20 +135,6 @@ class Rows:
     def relative(self) -> torch.Tensor:
         """What each row's squared error counts."""
         return 1 / self.target.double().pow(2).mean(-1).clamp(min=1e-12)
-
-
-def flat(values: torch.Tensor) -> torch.Tensor:
-    """(rows, channels) of hidden states that may have kept batch and positions apart."""
-    return values.reshape(-1, values.shape[-1])
-
-
-def _keeping(seen: dict[str, tuple[torch.Tensor, torch.Tensor]], path: str) -> Any:
-    def hook(_module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        made = output[0] if isinstance(output, tuple) else output
-        given = arguments[0] if arguments and isinstance(arguments[0], torch.Tensor) else made
-        seen[path] = (given.detach(), made.detach())
-
-    return hook
 
 
 def _fit_branch(site: Site, branch: Branch, other: Branch, ridge: float | None, *, joint: bool) -> dict[str, Any] | str:

@@ -1,0 +1,394 @@
+"""What a gap of layers costs after it is repaired, measured on the model; for planners that choose by that.
+
+Layer by layer, the output map of the MLP before a gap is fitted in closed form to the unpruned stream behind the gap.
+One Gram matrix serves every gap that begins behind the same layer.  Only some consecutive hidden states are kept, on
+disk, so memory grows neither with tokens nor with layers.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+
+from sglp_deploy.errors import CalibrationError, UnsupportedModelError
+from sglp_deploy.evidence.branches import Branch, find_branches, flat, watching, weight_of
+from sglp_deploy.evidence.least_squares import NormalEquations, best_ridge
+from sglp_deploy.evidence.statistics import GapLosses
+from sglp_deploy.evidence.streams import KeptStream, StackRunner
+
+if TYPE_CHECKING:
+    from sglp_deploy.models import LayerStack
+    from sglp_deploy.tasks.base import Task
+
+Progress = Callable[[str, int, int], None]  # stage, done, in all
+
+HELD_OUT_EVERY: Final = 8
+# Rows that judge: differences of two losses on the same tokens, which vary far less than the losses.
+JUDGED_TOKENS: Final = 2_048
+# A chain of repairs is fitted on so many tokens: enough to rank plans, not to ship one.
+CHAIN_TOKENS: Final = 8_192
+# A gap that costs more nats than this is in no plan worth shipping; longer ones behind the same layer are not run.
+HOPELESS: Final = 1.5
+_RIDGES: Final = (1e-3, 1e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """The MLP whose output map is fitted, or None where a layer has no such map: then nothing is repaired."""
+
+    layer: int
+    branch: Branch | None
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        return () if self.branch is None else (self.branch.path, str(self.branch.projection))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One minibatch at a site: the map's inputs (T, inputs), and the layer's output without the MLP (T, width)."""
+
+    inputs: torch.Tensor
+    rest: torch.Tensor
+
+
+class GapMeter:
+    """Measures gaps of one model on calibration minibatches.
+
+    Every eighth minibatch is fitted on by none; some of these judge.
+
+    Args:
+        model: The unpruned model; it is left as it was.
+        stack: Its layers.
+        task: Says how the model is called, what its loss is, and which positions hold data.
+        batches: Calibration minibatches.
+        progress: Called with (stage, done, in all).
+
+    Attributes:
+        work: Floating-point operations so far, two for each multiplication with a weight.
+
+    Raises:
+        CalibrationError: If there are fewer than two minibatches.
+    """
+
+    def __init__(
+        self, model: nn.Module, stack: LayerStack, task: Task, batches: Sequence[Any], progress: Progress | None = None
+    ) -> None:
+        if len(batches) < 2:
+            raise CalibrationError(
+                f"the calibration set gives {len(batches)} minibatch; gaps are fitted on some and judged on others; "
+                "give more tokens, or a smaller batch size"
+            )
+        self._model, self._stack, self._task = model, stack, task
+        self._batches = list(batches)
+        self._progress = progress
+        self._runner = StackRunner(model, stack, task)
+        held_out = [index for index in range(len(batches)) if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
+        self._held_out = tuple(held_out) or (len(batches) - 1,)
+        self._judging = tuple(self._first(self._held_out, JUDGED_TOKENS))
+        self._fitted_on = tuple(index for index in range(len(batches)) if index not in self._held_out)
+        self._sites: dict[int, _Site] = {}
+        self._sizes = [sum(p.numel() for p in layer.parameters()) for layer in stack.layers]
+        self._rest = sum(p.numel() for p in model.parameters()) - sum(self._sizes)
+        self.work = 0.0
+
+    @property
+    def passes(self) -> float:
+        """Work so far, in forward passes over all minibatches."""
+        tokens = sum(self._n_tokens(index) for index in range(len(self._batches)))
+        return self.work / (2.0 * (sum(self._sizes) + self._rest) * tokens)
+
+    def losses(self, longest: int) -> GapLosses:
+        """What each gap of up to ``longest`` layers adds to the loss, alone and repaired.
+
+        The first layers have none before them that could be fitted; a gap there is judged as it is.
+
+        Raises:
+            StorageError: If hidden states cannot be kept on disk.
+            CalibrationError: If the loss of the unpruned model is not finite.
+        """
+        n_layers = self._stack.n_layers
+        added = np.full((n_layers, longest), np.inf)
+        judged = np.zeros((n_layers, longest), dtype=bool)
+        with tempfile.TemporaryDirectory(prefix="sglp-gaps-") as folder:
+            streams = _Window(Path(folder), self._extend)
+            dense = self._loss_at({index: streams.at(0).read(index) for index in self._judging}, 0)
+            if not np.isfinite(dense):
+                raise CalibrationError(
+                    f"the loss on the calibration text is {dense}; the weights hold NaN or Inf, or activations "
+                    "overflow; check the checkpoint, or run in float32"
+                )
+            for start in range(n_layers):
+                lengths = [n for n in range(1, longest + 1) if start + n <= n_layers]
+                targets = [streams.at(start + n) for n in lengths]
+                repaired = self._fit(start - 1, streams, targets) if start else None
+                last = 0.0
+                for column, length in enumerate(lengths):
+                    if column and added[start, column - 1] > HOPELESS:
+                        step = max(added[start, column - 1] - last, 0.0)
+                        last, added[start, column] = added[start, column - 1], added[start, column - 1] + step
+                        continue
+                    states = (
+                        {index: streams.at(0).read(index) for index in self._judging}
+                        if repaired is None
+                        else {index: repaired(index, column) for index in self._judging}
+                    )
+                    last = added[start, column - 1] if column else 0.0
+                    loss = self._loss_at(states, start + length)
+                    added[start, column] = loss - dense if np.isfinite(loss) else 2 * HOPELESS
+                    judged[start, column] = True
+                streams.forget_before(start)
+                self._report("gaps", start + 1, n_layers)
+        n_tokens = sum(self._n_tokens(index) for index in self._judging)
+        return GapLosses(dense, added, judged, n_tokens)
+
+    def chained(self, plans: Sequence[Sequence[int]]) -> list[float]:
+        """The loss of each plan with its gaps repaired from shallow to deep, each on the stream repaired so far.
+
+        Args:
+            plans: Layers that are removed, for each plan.
+
+        Returns:
+            Nats per prediction on the rows that judge; infinite where it is not finite.
+        """
+        indices = [*self._first(self._fitted_on, CHAIN_TOKENS), *self._held_out]
+        losses = []
+        with tempfile.TemporaryDirectory(prefix="sglp-gaps-") as folder:
+            gaps = [_gaps_of(plan) for plan in plans]
+            ends = sorted({start + length for each in gaps for start, length in each if start})
+            behind = self._dense(Path(folder), ends, indices)
+            for number, each in enumerate(gaps):
+                losses.append(self._chain(Path(folder) / "chain.f32", each, behind, indices))
+                self._report("repaired plans", number + 1, len(plans))
+        return losses
+
+    # ------------------------------------------------------------------------------------------------ pieces
+
+    def _chain(
+        self,
+        path: Path,
+        gaps: Sequence[tuple[int, int]],
+        behind: dict[int, _Indexed],
+        indices: Sequence[int],
+    ) -> float:
+        stream = _Indexed(path.with_suffix(".0"), indices)
+        for index in indices:
+            stream.append(self._run(index, 0, 0, None))
+        at = 0
+        for turn, (start, length) in enumerate(gaps):
+            if not start:
+                at = length  # nothing before it can be fitted
+                continue
+            following = _Indexed(path.with_suffix(f".{turn + 1}"), indices)
+            # The layer before the gap is fitted, those before it run as they are.
+            moved = _Indexed(path.with_suffix(f".{turn + 1}m"), indices)
+            for index in indices:
+                moved.append(self._run(index, at, start - 1, stream.read(index)))
+            target = [behind[start + length]]
+            fitted = [index for index in indices if index not in self._held_out]
+            repaired = self._fitted(self._site(start - 1), moved, target, fitted, self._held_out)
+            for index in indices:
+                following.append(repaired(index, 0))
+            for old in (stream, moved):
+                old.discard()
+            stream, at = following, start + length
+        states = {}
+        for index in self._judging:
+            states[index] = stream.read(index)
+        loss = self._loss_at(states, at)
+        stream.discard()
+        return loss
+
+    def _dense(self, folder: Path, boundaries: Sequence[int], indices: Sequence[int]) -> dict[int, _Indexed]:
+        made = {at: _Indexed(folder / f"dense-{at}.f32", indices) for at in boundaries}
+        if boundaries:
+            for index in indices:
+                seen = self._runner.watch(self._batches[index], boundaries)
+                self.work += 2.0 * sum(self._sizes[: max(boundaries)]) * self._n_tokens(index)
+                for at, stream in made.items():
+                    stream.append(seen[at])
+        return made
+
+    def _fit(self, layer: int, streams: _Window, targets: Sequence[KeptStream]) -> Callable[[int, int], torch.Tensor]:
+        return self._fitted(self._site(layer), streams.at(layer), targets, self._fitted_on, self._held_out)
+
+    def _fitted(
+        self,
+        site: _Site,
+        given: _Readable,
+        targets: Sequence[_Readable],
+        fitted_on: Sequence[int],
+        held_out: Sequence[int],
+    ) -> Callable[[int, int], torch.Tensor]:
+        """Fit the site's map to each target; returns what gives a minibatch's states behind the gap to a target."""
+        if site.branch is None:
+            return lambda index, _: self._run(index, site.layer, site.layer + 1, given.read(index))
+        branch = site.branch
+        projection = self._stack.layers[site.layer].get_submodule(str(branch.projection))
+        old = _old_map(projection, branch)
+        towards = old.repeat(1, len(targets))
+        sums = []
+        for indices in (fitted_on, held_out):
+            equations = NormalEquations(towards.shape[0], towards.shape[1], towards.device)
+            for index in indices:
+                rows = self._rows(site, index, given.read(index))
+                valid = self._valid(index, rows.inputs.device)
+                rest = rows.rest[valid]
+                behind = [flat(target.read(index)).to(rest.device)[valid] for target in targets]
+                wanted = torch.cat([(each - rest) / branch.scale for each in behind], 1)
+                size = behind[0].double().pow(2).mean(-1).clamp(min=1e-12)
+                equations.add(rows.inputs[valid], wanted, 1 / size)
+                self.work += 2.0 * valid.sum().item() * towards.shape[0] * sum(towards.shape)
+            sums.append(equations)
+        weights = best_ridge(sums[0], sums[1], towards, _RIDGES)[0].float()
+        width = old.shape[1]
+
+        def states(index: int, target: int) -> torch.Tensor:
+            hidden = given.read(index)
+            rows = self._rows(site, index, hidden)
+            own = weights[:, target * width : (target + 1) * width]
+            return (rows.rest + branch.scale * (rows.inputs @ own)).reshape(hidden.shape)
+
+        return states
+
+    def _rows(self, site: _Site, index: int, given: torch.Tensor) -> _Rows:
+        assert site.branch is not None
+        layer = self._stack.layers[site.layer]
+        projection = layer.get_submodule(str(site.branch.projection))
+        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        with watching(layer, site.watched, seen):
+            out = self._run(index, site.layer, site.layer + 1, given)
+        inputs = flat(seen[str(site.branch.projection)][0]).float()
+        if projection._parameters.get("bias") is not None:
+            inputs = torch.cat([inputs, torch.ones(len(inputs), 1, device=inputs.device)], 1)
+        rest = flat(out).float() - site.branch.scale * flat(seen[site.branch.path][1]).float()
+        return _Rows(inputs, rest)
+
+    def _site(self, layer: int) -> _Site:
+        if layer not in self._sites:
+            self._sites[layer] = _Site(layer, self._branch(layer))
+        return self._sites[layer]
+
+    def _branch(self, layer: int) -> Branch | None:
+        def once() -> tuple[torch.Tensor, torch.Tensor]:
+            given = self._run(0, 0, layer, None)
+            return given, self._run(0, layer, layer + 1, given)
+
+        work = self.work
+        try:
+            found = find_branches(self._stack.layers[layer], once)[1]
+        except UnsupportedModelError:
+            return None  # no repair can be folded in there either
+        finally:
+            # One minibatch, for whoever asks first: a plan's record would depend on what was planned before it.
+            self.work = work
+        return None if found.projection is None else found
+
+    def _loss_at(self, states: dict[int, torch.Tensor], boundary: int) -> float:
+        nats, count = 0.0, 0
+        for index, hidden in states.items():
+            with torch.inference_mode():
+                loss, predictions = self._runner.loss_from(self._batches[index], boundary, hidden)
+            nats += float(loss) * predictions
+            count += predictions
+            self.work += 2.0 * (sum(self._sizes[boundary:]) + self._rest) * self._n_tokens(index)
+        mean = nats / max(1, count)
+        return mean if np.isfinite(mean) else float("inf")
+
+    def _run(self, index: int, start: int, stop: int, hidden: torch.Tensor | None) -> torch.Tensor:
+        self.work += 2.0 * sum(self._sizes[start:stop]) * self._n_tokens(index)
+        if hidden is not None and start == stop:
+            return hidden
+        with torch.inference_mode():
+            return self._runner.run(self._batches[index], start, stop, hidden).clone()
+
+    def _extend(self, before: KeptStream | None, boundary: int, made: KeptStream) -> None:
+        for index in range(len(self._batches)):
+            start = boundary if before is None else boundary - 1
+            made.append(self._run(index, start, boundary, None if before is None else before.read(index)))
+
+    def _valid(self, index: int, device: torch.device) -> torch.Tensor:
+        return torch.from_numpy(self._task.valid(self._batches[index])).flatten().to(device)
+
+    def _n_tokens(self, index: int) -> int:
+        return int(self._task.valid(self._batches[index]).sum())
+
+    def _first(self, indices: Sequence[int], tokens: int) -> Iterator[int]:
+        """As many of these minibatches, from the front, as hold so many tokens; at least one."""
+        left = tokens
+        for index in indices:
+            if left <= 0:
+                return
+            yield index
+            left -= self._n_tokens(index)
+
+    def _report(self, stage: str, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(stage, done, total)
+
+
+class _Window:
+    """Unpruned hidden states at consecutive boundaries, each made from the one before when it is first asked for."""
+
+    def __init__(self, folder: Path, extend: Callable[[KeptStream | None, int, KeptStream], None]) -> None:
+        self._folder, self._extend = folder, extend
+        self._kept: dict[int, KeptStream] = {}
+
+    def at(self, boundary: int) -> KeptStream:
+        if boundary not in self._kept:
+            before = self.at(boundary - 1) if boundary else None
+            made = KeptStream(self._folder / f"{boundary}.f32")
+            self._extend(before, boundary, made)
+            self._kept[boundary] = made
+        return self._kept[boundary]
+
+    def forget_before(self, boundary: int) -> None:
+        """Give up what no later gap needs; boundary 0 stays, for gaps in front of all layers."""
+        for at in [at for at in self._kept if 0 < at < boundary]:
+            self._kept.pop(at).discard()
+
+
+class _Indexed:
+    """A kept stream of some minibatches only, read by the minibatch's own number."""
+
+    def __init__(self, path: Path, indices: Sequence[int]) -> None:
+        self._stream = KeptStream(path)
+        self._place = {index: place for place, index in enumerate(indices)}
+
+    def append(self, hidden: torch.Tensor) -> None:
+        self._stream.append(hidden)
+
+    def read(self, index: int) -> torch.Tensor:
+        return self._stream.read(self._place[index])
+
+    def discard(self) -> None:
+        self._stream.discard()
+
+
+_Readable = KeptStream | _Indexed
+
+
+def _old_map(projection: nn.Module, branch: Branch) -> torch.Tensor:
+    """The map and bias as (inputs + 1, outputs), float64; nothing to start from where a norm follows it."""
+    weight = weight_of(projection).detach().double().T
+    bias = projection._parameters.get("bias")
+    whole = weight if bias is None else torch.cat([weight, bias.detach().double()[None]])
+    return whole if branch.norm is None else torch.zeros_like(whole)
+
+
+def _gaps_of(drop: Sequence[int]) -> list[tuple[int, int]]:
+    """First layer and length of each run of consecutive layers, in order."""
+    gaps: list[tuple[int, int]] = []
+    for layer in sorted(set(drop)):
+        if gaps and gaps[-1][0] + gaps[-1][1] == layer:
+            gaps[-1] = (gaps[-1][0], gaps[-1][1] + 1)
+        else:
+            gaps.append((layer, 1))
+    return gaps
