@@ -2,9 +2,9 @@
 
     python bench/measure_repairs.py MODEL --drop 8 --calibration calibration.txt --text judged.txt -o repairs.json
 
-A plan is a criterion of the planner ``sglp`` ("grad-norm", "block-influence", "taylor"), or layers ("12,13,14").  Rows
-are judged by plain transformers: independent rows, the first token of each not predicted.  A cell that is in the file
-already is not measured again.  Seconds are wall time of one run.
+A plan is "auto", a criterion of the planner ``sglp`` ("grad-norm", "block-influence", "taylor"), or layers
+("12,13,14").  Rows are judged by plain transformers: independent rows, the first token of each not predicted.  A cell
+that is in the file already is not measured again.  Seconds are wall time of one run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--drop", type=int, default=8, help="layers to remove, where a plan is a criterion")
-    parser.add_argument("--plans", nargs="+", default=["grad-norm", "block-influence", "taylor"])
+    parser.add_argument("--plans", nargs="+", default=["grad-norm", "block-influence", "taylor", "auto"])
     parser.add_argument("--repairs", nargs="+", default=["none", "scale", "linear", "refit", "local"])
     parser.add_argument("--calibration", required=True, help="text that plans and repairs are made from")
     parser.add_argument("--planning-tokens", type=int, default=16_384)
@@ -79,6 +79,8 @@ def plan_of(compressor: Compressor, name: str, drop: int) -> PruningPlan:
     """The plan a name stands for."""
     if name[:1].isdigit():
         return compressor.plan_by_hand([int(layer) for layer in name.split(",")])
+    if name == "auto":
+        return compressor.plan(drop=drop, method=name)
     return compressor.plan(drop=drop, options={"criterion": name})
 
 

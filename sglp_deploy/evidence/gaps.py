@@ -31,11 +31,11 @@ Progress = Callable[[str, int, int], None]  # stage, done, in all
 
 HELD_OUT_EVERY: Final = 8
 # Rows that judge: differences of two losses on the same tokens, which vary far less than the losses.
-JUDGED_TOKENS: Final = 2_048
+JUDGED_TOKENS: Final = 1_024
 # A chain of repairs is fitted on so many tokens: enough to rank plans, not to ship one.
 CHAIN_TOKENS: Final = 8_192
 # A gap that costs more nats than this is in no plan worth shipping; longer ones behind the same layer are not run.
-HOPELESS: Final = 1.5
+HOPELESS: Final = 1.0
 _RIDGES: Final = (1e-3, 1e-2, 1e-1)
 
 
@@ -247,8 +247,12 @@ class GapMeter:
                 equations.add(rows.inputs[valid], wanted, 1 / size)
                 self.work += 2.0 * valid.sum().item() * towards.shape[0] * sum(towards.shape)
             sums.append(equations)
-        weights = best_ridge(sums[0], sums[1], towards, _RIDGES)[0].float()
+        # One ridge for all lengths, chosen for the middle one: solving is dear, and they differ little.
         width = old.shape[1]
+        middle = len(targets) // 2
+        part = [each.of_outputs(middle * width, (middle + 1) * width) for each in sums]
+        _, ridge, _ = best_ridge(part[0], part[1], old, _RIDGES)
+        weights = sums[0].solve(towards, ridge).float()
 
         def states(index: int, target: int) -> torch.Tensor:
             hidden = given.read(index)

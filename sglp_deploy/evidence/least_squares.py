@@ -39,6 +39,12 @@ class NormalEquations:
         self.power += float(wanted.double().pow(2).sum())
         self.n_rows += len(x)
 
+    def of_outputs(self, start: int, stop: int) -> NormalEquations:
+        """The same rows with some columns of y only; the power stays that of all, which moves every error alike."""
+        part = NormalEquations(0, 0, self.gram.device)
+        part.gram, part.cross, part.power, part.n_rows = self.gram, self.cross[:, start:stop], self.power, self.n_rows
+        return part
+
     def error(self, weights: torch.Tensor) -> float:
         """Summed weighted squared error of ``x @ weights``, relative to that of predicting zero."""
         quadratic = ((self.gram @ weights) * weights).sum() - 2 * (self.cross * weights).sum()
