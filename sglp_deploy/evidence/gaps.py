@@ -1,4 +1,4 @@
-"""What a gap of layers costs after it is repaired, measured on the model; for planners that choose by that.
+"""What a gap of layers does to the predictions after it is repaired; for planners that choose by that.
 
 Layer by layer, the output map of the MLP before a gap is fitted in closed form to the unpruned stream behind the gap.
 One Gram matrix serves every gap that begins behind the same layer.  Only some consecutive hidden states are kept, on
@@ -20,8 +20,9 @@ from torch import nn
 from sglp_deploy.errors import CalibrationError, UnsupportedModelError
 from sglp_deploy.evidence.branches import Branch, find_branches, flat, watching, weight_of
 from sglp_deploy.evidence.least_squares import NormalEquations, best_ridge
-from sglp_deploy.evidence.statistics import GapLosses
+from sglp_deploy.evidence.statistics import GapDamage
 from sglp_deploy.evidence.streams import KeptStream, StackRunner
+from sglp_deploy.models.library import evaluating
 
 if TYPE_CHECKING:
     from sglp_deploy.models import LayerStack
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]  # stage, done, in all
 
 HELD_OUT_EVERY: Final = 8
-# Rows that judge: differences of two losses on the same tokens, which vary far less than the losses.
-JUDGED_TOKENS: Final = 1_024
+# Whole plans are judged on so many tokens; single gaps, of which there are many, on one minibatch of these.
+JUDGED_TOKENS: Final = 2_048
 # A chain of repairs is fitted on so many tokens: enough to rank plans, not to ship one.
 CHAIN_TOKENS: Final = 8_192
 # A gap that costs more nats than this is in no plan worth shipping; longer ones behind the same layer are not run.
 HOPELESS: Final = 1.0
+_BROKEN: Final = 100.0
+_PIECE: Final = 256  # predictions that are compared at once
 _RIDGES: Final = (1e-3, 1e-2, 1e-1)
 
 
@@ -105,69 +108,62 @@ class GapMeter:
         tokens = sum(self._n_tokens(index) for index in range(len(self._batches)))
         return self.work / (2.0 * (sum(self._sizes) + self._rest) * tokens)
 
-    def losses(self, longest: int) -> GapLosses:
-        """What each gap of up to ``longest`` layers adds to the loss, alone and repaired.
+    def damage(self, longest: int) -> GapDamage:
+        """What each gap of up to ``longest`` layers does to the predictions, alone and repaired.
 
         The first layers have none before them that could be fitted; a gap there is judged as it is.
 
         Raises:
             StorageError: If hidden states cannot be kept on disk.
-            CalibrationError: If the loss of the unpruned model is not finite.
+            CalibrationError: If the unpruned model's predictions are not finite.
         """
         n_layers = self._stack.n_layers
-        added = np.full((n_layers, longest), np.inf)
+        values = np.full((n_layers, longest), np.inf)
         judged = np.zeros((n_layers, longest), dtype=bool)
         with tempfile.TemporaryDirectory(prefix="sglp-gaps-") as folder:
             streams = _Window(Path(folder), self._extend)
-            dense = self._loss_at({index: streams.at(0).read(index) for index in self._judging}, 0)
-            if not np.isfinite(dense):
-                raise CalibrationError(
-                    f"the loss on the calibration text is {dense}; the weights hold NaN or Inf, or activations "
-                    "overflow; check the checkpoint, or run in float32"
-                )
+            wanted = self._unpruned(self._judging[:1])
             for start in range(n_layers):
                 lengths = [n for n in range(1, longest + 1) if start + n <= n_layers]
                 targets = [streams.at(start + n) for n in lengths]
                 repaired = self._fit(start - 1, streams, targets) if start else None
-                last = 0.0
+                row = values[start]
                 for column, length in enumerate(lengths):
-                    if column and added[start, column - 1] > HOPELESS:
-                        step = max(added[start, column - 1] - last, 0.0)
-                        last, added[start, column] = added[start, column - 1], added[start, column - 1] + step
+                    if column and row[column - 1] > HOPELESS:
+                        row[column] = row[column - 1] + max(
+                            0.0, row[column - 1] - (row[column - 2] if column > 1 else 0)
+                        )
                         continue
-                    states = (
-                        {index: streams.at(0).read(index) for index in self._judging}
-                        if repaired is None
-                        else {index: repaired(index, column) for index in self._judging}
-                    )
-                    last = added[start, column - 1] if column else 0.0
-                    loss = self._loss_at(states, start + length)
-                    added[start, column] = loss - dense if np.isfinite(loss) else 2 * HOPELESS
+                    states = {
+                        index: streams.at(0).read(index) if repaired is None else repaired(index, column)
+                        for index in wanted
+                    }
+                    row[column] = self._divergence(states, start + length, wanted)
                     judged[start, column] = True
                 streams.forget_before(start)
                 self._report("gaps", start + 1, n_layers)
-        n_tokens = sum(self._n_tokens(index) for index in self._judging)
-        return GapLosses(dense, added, judged, n_tokens)
+        return GapDamage(values, judged, sum(self._n_tokens(index) for index in wanted))
 
     def chained(self, plans: Sequence[Sequence[int]]) -> list[float]:
-        """The loss of each plan with its gaps repaired from shallow to deep, each on the stream repaired so far.
+        """What each plan does to the predictions, its gaps repaired from shallow to deep on the stream repaired so far.
 
         Args:
             plans: Layers that are removed, for each plan.
 
         Returns:
-            Nats per prediction on the rows that judge; infinite where it is not finite.
+            Mean KL divergence from the unpruned model, nats per prediction, on the rows that judge.
         """
         indices = [*self._first(self._fitted_on, CHAIN_TOKENS), *self._held_out]
-        losses = []
+        damage = []
         with tempfile.TemporaryDirectory(prefix="sglp-gaps-") as folder:
             gaps = [_gaps_of(plan) for plan in plans]
             ends = sorted({start + length for each in gaps for start, length in each if start})
             behind = self._dense(Path(folder), ends, indices)
+            wanted = self._unpruned(self._judging)
             for number, each in enumerate(gaps):
-                losses.append(self._chain(Path(folder) / "chain.f32", each, behind, indices))
+                damage.append(self._chain(Path(folder) / "chain.f32", each, behind, indices, wanted))
                 self._report("repaired plans", number + 1, len(plans))
-        return losses
+        return damage
 
     # ------------------------------------------------------------------------------------------------ pieces
 
@@ -177,6 +173,7 @@ class GapMeter:
         gaps: Sequence[tuple[int, int]],
         behind: dict[int, _Indexed],
         indices: Sequence[int],
+        wanted: dict[int, torch.Tensor],
     ) -> float:
         stream = _Indexed(path.with_suffix(".0"), indices)
         for index in indices:
@@ -199,12 +196,9 @@ class GapMeter:
             for old in (stream, moved):
                 old.discard()
             stream, at = following, start + length
-        states = {}
-        for index in self._judging:
-            states[index] = stream.read(index)
-        loss = self._loss_at(states, at)
+        damage = self._divergence({index: stream.read(index) for index in wanted}, at, wanted)
         stream.discard()
-        return loss
+        return damage
 
     def _dense(self, folder: Path, boundaries: Sequence[int], indices: Sequence[int]) -> dict[int, _Indexed]:
         made = {at: _Indexed(folder / f"dense-{at}.f32", indices) for at in boundaries}
@@ -295,16 +289,36 @@ class GapMeter:
             self.work = work
         return None if found.projection is None else found
 
-    def _loss_at(self, states: dict[int, torch.Tensor], boundary: int) -> float:
+    def _unpruned(self, indices: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Log-probabilities of the unpruned model on some minibatches."""
+        found = {}
+        for index in indices:
+            with evaluating(self._model), torch.inference_mode():
+                logits = self._task.logits(self._model, self._batches[index])
+                if not bool(logits.isfinite().all()):
+                    raise CalibrationError(
+                        "the predictions on the calibration text are not finite; the weights hold NaN or Inf, or "
+                        "activations overflow; check the checkpoint, or run in float32"
+                    )
+                # In half the room: where it is coarse, the probability is next to nothing.
+                found[index] = logits.log_softmax(-1).half()
+            self.work += 2.0 * (sum(self._sizes) + self._rest) * self._n_tokens(index)
+        return found
+
+    def _divergence(self, states: dict[int, torch.Tensor], boundary: int, wanted: dict[int, torch.Tensor]) -> float:
         nats, count = 0.0, 0
         for index, hidden in states.items():
             with torch.inference_mode():
-                loss, predictions = self._runner.loss_from(self._batches[index], boundary, hidden)
-            nats += float(loss) * predictions
-            count += predictions
+                logits = self._runner.logits_from(self._batches[index], boundary, hidden)
+                for start in range(0, len(logits), _PIECE):
+                    said = logits[start : start + _PIECE].log_softmax(-1)
+                    meant = wanted[index][start : start + _PIECE].float()
+                    nats += float((meant.exp() * (meant - said)).sum(dtype=torch.float64))
+            count += len(logits)
             self.work += 2.0 * (sum(self._sizes[boundary:]) + self._rest) * self._n_tokens(index)
         mean = nats / max(1, count)
-        return mean if np.isfinite(mean) else float("inf")
+        # A broken model's predictions may be no numbers; that is worse than any that are.
+        return mean if np.isfinite(mean) else _BROKEN
 
     def _run(self, index: int, start: int, stop: int, hidden: torch.Tensor | None) -> torch.Tensor:
         self.work += 2.0 * sum(self._sizes[start:stop]) * self._n_tokens(index)

@@ -18,7 +18,7 @@ from sglp_deploy.evidence.collect import collect_layer_stats
 from sglp_deploy.evidence.gaps import GapMeter
 from sglp_deploy.evidence.probes import PROBES, make_probes
 from sglp_deploy.evidence.probes.base import hidden_into, hidden_of
-from sglp_deploy.evidence.statistics import GapLosses, LayerStats
+from sglp_deploy.evidence.statistics import GapDamage, LayerStats
 from sglp_deploy.models import LayerStack
 from sglp_deploy.models.library import evaluating
 from sglp_deploy.models.proof import passed_over
@@ -38,7 +38,7 @@ class _Taken:
     losses: dict[tuple[int, ...], float] = field(default_factory=dict)
     meter: GapMeter | None = None
     # With what each took, in forward passes.
-    gaps: dict[int, tuple[GapLosses, float]] = field(default_factory=dict)
+    gaps: dict[int, tuple[GapDamage, float]] = field(default_factory=dict)
     repaired: dict[tuple[int, ...], tuple[float, float]] = field(default_factory=dict)
 
 
@@ -146,8 +146,8 @@ class ModelEvidence:
             self._taken.losses[gone] = self._loss(gone)
         return self._taken.losses[gone]
 
-    def gap_losses(self, longest: int) -> GapLosses:
-        """What every gap of up to ``longest`` layers adds to the loss after the layer before it is fitted for it.
+    def gap_damage(self, longest: int) -> GapDamage:
+        """What every gap of up to ``longest`` layers does to the predictions after the layer before it is fitted.
 
         Raises:
             CalibrationError: If the calibration rows cannot support it.
@@ -156,12 +156,12 @@ class ModelEvidence:
         if longest not in self._taken.gaps:
             meter = self._meter()
             before = meter.passes
-            self._taken.gaps[longest] = (meter.losses(longest), meter.passes - before)
+            self._taken.gaps[longest] = (meter.damage(longest), meter.passes - before)
         found, self._passes[longest] = self._taken.gaps[longest]
         return found
 
-    def losses_repaired(self, plans: Sequence[Sequence[int]]) -> list[float]:
-        """Loss of each plan with the layer before each of its gaps fitted, on rows that nothing was fitted on.
+    def damage_repaired(self, plans: Sequence[Sequence[int]]) -> list[float]:
+        """What each plan does to the predictions with the layer before each gap fitted, on rows nothing was fitted on.
 
         Args:
             plans: Layers that are removed, for each plan.

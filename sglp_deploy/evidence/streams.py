@@ -118,8 +118,8 @@ class StackRunner:
                 cleanup.callback(self.stack.layers[stop - 1].register_forward_hook(_stop).remove)
             return self._until_reached(batch)
 
-    def loss_from(self, batch: Any, start: int, hidden: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """The task's loss where the states at boundary ``start`` (0 to L) are ``hidden``, and its predictions."""
+    def logits_from(self, batch: Any, start: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the task's predictions are where the states at boundary ``start``, 0 to L, are ``hidden``."""
         place = next(self.module.parameters())
         # Behind the last layer nothing can be given: the last one hands on what it is given.
         entry = self.stack.layers[min(start, self.stack.n_layers - 1)]
@@ -128,7 +128,7 @@ class StackRunner:
             cleanup.enter_context(self._skipping(batch, range(start)))
             giving = _giving(hidden.to(place.device, place.dtype))
             cleanup.callback(entry.register_forward_pre_hook(giving, with_kwargs=True).remove)
-            return self._task.loss(self.module, batch)
+            return self._task.logits(self.module, batch)
 
     def watch(self, batch: Any, boundaries: Sequence[int]) -> dict[int, torch.Tensor]:
         """The hidden states at several boundaries from one pass without gradients."""

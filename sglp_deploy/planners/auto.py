@@ -1,4 +1,4 @@
-"""Auto: every gap repaired and judged by the loss, the cheapest set of gaps by dynamic programming, then swaps."""
+"""Auto: every gap repaired and judged, the least harmful set of gaps by dynamic programming, then swaps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sglp_deploy.planners.budget import Budget
 from sglp_deploy.planners.seam import Evidence, LayerDecision
 from sglp_deploy.planners.sglp import segments_of
 
-CRITERION = "loss-added-after-repair"
+CRITERION = "divergence-after-repair"
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class AutoOptions:
 class AutoPlanner:
     """Chooses by what is left of the damage after a repair, and not by what a layer does.
 
-    1. For every gap of consecutive layers, the MLP before it is fitted in closed form to the unpruned stream behind it,
-       and the model's own loss is taken from there on, on rows that nothing was fitted on.
-    2. The losses that gaps add are taken to sum up.  Then the best set of gaps for any number of layers is an exact
+    1. For every gap of consecutive layers, the MLP before it is fitted in closed form to the unpruned stream behind it.
+       Its damage is how far the predictions then diverge from the unpruned model's, on rows that nothing was fitted on.
+    2. Damages are taken to sum up.  Then the best set of gaps for any number of layers is an exact
        dynamic program over the boundaries.
     3. They do not quite sum up.  So the plan and its nearest neighbours (one layer exchanged, in the order of the sum)
        are repaired as a whole, from shallow to deep, and judged; the best is gone on from while the number allows.
@@ -73,14 +73,14 @@ class AutoPlanner:
         if evidence.groups:
             longest = max(longest, *(len(group) for group in evidence.groups))
         started = perf_counter()
-        gaps = evidence.gap_losses(longest)
+        gaps = evidence.gap_damage(longest)
         measured = perf_counter()
-        costs = _Costs(gaps.added, evidence, segments)
+        costs = _Costs(gaps.values, evidence, segments)
         drop = costs.cheapest(wanted, budget.max_parameters)
         programmed = perf_counter()
         drop = _with_swaps(drop, costs, evidence, budget.max_parameters, options.judged)
         swapped = perf_counter()
-        alone = gaps.added[:, 0]
+        alone = gaps.values[:, 0]
         return LayerDecision(
             drop=drop,
             segments=segments,
@@ -190,14 +190,14 @@ def _with_swaps(
     """The best of a plan and its neighbours once they are repaired; goes on from a better one."""
     if not drop or most < 2 or evidence.groups:
         return drop
-    losses: dict[tuple[int, ...], float] = {}
+    found: dict[tuple[int, ...], float] = {}
     best = drop
-    while len(losses) < most:
-        near = [each for each in (best, *_neighbours(best, costs, max_parameters)) if each not in losses]
+    while len(found) < most:
+        near = [each for each in (best, *_neighbours(best, costs, max_parameters)) if each not in found]
         # Half of what is left, so that a better plan's own neighbours are seen too.
-        turn = near[: math.ceil((most - len(losses)) / 2)]
-        losses |= dict(zip(turn, evidence.losses_repaired(turn), strict=True))
-        better = min(losses, key=lambda each: losses[each])
+        turn = near[: math.ceil((most - len(found)) / 2)]
+        found |= dict(zip(turn, evidence.damage_repaired(turn), strict=True))
+        better = min(found, key=lambda each: found[each])
         if better == best or not turn:
             break
         best = better

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglp_deploy.errors import PlanError
-from sglp_deploy.evidence.statistics import GapLosses, LayerStats
+from sglp_deploy.evidence.statistics import GapDamage, LayerStats
 from sglp_deploy.planners.budget import Budget, LayerFacts
 
 Matrix = tuple[tuple[float, ...], ...]
@@ -41,12 +41,12 @@ class Evidence(LayerFacts, Protocol):
         """Mean loss on the calibration rows with ``layers`` passed over, nats per prediction."""
         ...
 
-    def gap_losses(self, longest: int) -> GapLosses:
-        """What every gap of up to ``longest`` layers adds to the loss after the layer before it is fitted for it."""
+    def gap_damage(self, longest: int) -> GapDamage:
+        """What every gap of up to ``longest`` layers does to the predictions after the layer before it is fitted."""
         ...
 
-    def losses_repaired(self, plans: Sequence[Sequence[int]]) -> list[float]:
-        """Loss of each plan with the layer before each of its gaps fitted, on rows that nothing was fitted on."""
+    def damage_repaired(self, plans: Sequence[Sequence[int]]) -> list[float]:
+        """What each plan does to the predictions with the layer before each of its gaps fitted."""
         ...
 
     def hidden(
@@ -179,7 +179,7 @@ class FixedEvidence:
             raise self._needs_model("the loss without some layers")
         return self.stats.loss
 
-    def gap_losses(self, longest: int) -> GapLosses:
+    def gap_damage(self, longest: int) -> GapDamage:
         """Not known without a model.
 
         Raises:
@@ -188,7 +188,7 @@ class FixedEvidence:
         del longest
         raise self._needs_model("losses of repaired gaps")
 
-    def losses_repaired(self, plans: Sequence[Sequence[int]]) -> list[float]:
+    def damage_repaired(self, plans: Sequence[Sequence[int]]) -> list[float]:
         """Not known without a model.
 
         Raises:

@@ -64,6 +64,10 @@ class Task(Protocol):
         """
         ...
 
+    def logits(self, module: nn.Module, batch: Any) -> torch.Tensor:
+        """What the model says of each prediction of one batch, shape (predictions, classes), before softmax."""
+        ...
+
     def valid(self, batch: Any) -> NDArray[np.bool_]:
         """Which rows of a layer's output hold data and not padding, shape (batch, positions)."""
         ...

@@ -90,16 +90,27 @@ class LanguageTask:
 
     def loss(self, module: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
         """Mean cross entropy of the next token, nats; each row's first token is not predicted."""
+        logits, labels = self._forward(module, batch)
+        loss = nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=-100
+        )
+        return loss, int((labels != -100).sum())
+
+    def logits(self, module: nn.Module, batch: Batch) -> torch.Tensor:
+        """Logits of every next token that :meth:`loss` predicts, (predictions, vocabulary), float32."""
+        logits, labels = self._forward(module, batch)
+        return logits[:, :-1][labels != -100].float()
+
+    @staticmethod
+    def _forward(module: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits at every position, and the next tokens of all but the last; -100 where none is predicted."""
         model = cast("PreTrainedModel", module)
         ids, mask = (torch.from_numpy(part).to(model.device) for part in batch)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # the model's own numbering would count padding on the left
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
         # Padding neither is predicted nor predicts: on the left, its last position would guess the first real token.
         labels = ids[:, 1:].masked_fill((mask[:, 1:] == 0) | (mask[:, :-1] == 0), -100)
-        loss = nn.functional.cross_entropy(
-            logits[:, :-1].reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=-100
-        )
-        return loss, int((labels != -100).sum())
+        return logits, labels
 
     def valid(self, batch: Batch) -> NDArray[np.bool_]:
         """Tokens, padding excluded."""

@@ -11,7 +11,7 @@ import pytest
 
 from planted import MODEL, planted_stats
 from sglp_deploy.errors import ConfigError, PlanError
-from sglp_deploy.evidence.statistics import GapLosses
+from sglp_deploy.evidence.statistics import GapDamage
 from sglp_deploy.plan import make_plan
 from sglp_deploy.planners.auto import CRITERION, gaps_of
 from sglp_deploy.planners.budget import Budget
@@ -29,15 +29,15 @@ class Measured(FixedEvidence):
         object.__setattr__(self, "interaction", interaction)
         object.__setattr__(self, "asked", [])
 
-    def gap_losses(self, longest: int) -> GapLosses:
+    def gap_damage(self, longest: int) -> GapDamage:
         """The planted ones."""
         added: np.ndarray = self.added[:, :longest]  # type: ignore[attr-defined]
-        return GapLosses(2.0, added, np.isfinite(added), 100)
+        return GapDamage(added, np.isfinite(added), 100)
 
-    def losses_repaired(self, plans: Sequence[Sequence[int]]) -> list[float]:
+    def damage_repaired(self, plans: Sequence[Sequence[int]]) -> list[float]:
         """The sum of the gaps, and something for the number of gaps that the sum does not know."""
         self.asked.extend(map(tuple, plans))  # type: ignore[attr-defined]
-        return [2.0 + self.sum_of(plan) + self.interaction * len(gaps_of(plan)) for plan in plans]  # type: ignore[attr-defined]
+        return [self.sum_of(plan) + self.interaction * len(gaps_of(plan)) for plan in plans]  # type: ignore[attr-defined]
 
     def sum_of(self, drop: Sequence[int]) -> float:
         """The planted cost of a set of layers."""
