@@ -12,6 +12,10 @@ from sglp_deploy import registry
 from sglp_deploy.errors import CalibrationError
 from sglp_deploy.evidence.lazy import ModelEvidence
 from sglp_deploy.evidence.text import CalibrationSet
+from sglp_deploy.healing.corpus import mix_of
+from sglp_deploy.healing.healed import healed
+from sglp_deploy.healing.options import HealOptions, read_heal_options
+from sglp_deploy.healing.parts import default_parts
 from sglp_deploy.models import LayerStack, LoadedModel, adapter_for, layer_stack, load_model, parameter_sizes, precision
 from sglp_deploy.models.patterns import check_layer_types, pattern_groups
 from sglp_deploy.overlay import repairs_of
@@ -237,6 +241,33 @@ class Compressor:
             options={**(options or {}), **more},
             progress=self._progress,
         )
+
+    def heal(
+        self,
+        plan: PruningPlan,
+        *,
+        corpus: Sequence[CalibrationSet | str] | None = None,
+        options: Mapping[str, Any] | HealOptions | None = None,
+        folder: str | Path | None = None,
+        **more: Any,
+    ) -> PruningPlan:
+        """Train the kept layers on what the unpruned model says; see :func:`sglp_deploy.healing.healed.healed`.
+
+        Args:
+            plan: Which layers go, and the weights training starts from.
+            corpus: Texts to mix in equal shares, or names of some: "builtin", "general" (news and articles, where
+                gensim is installed), "written" (by the unpruned model).  When omitted: the calibration data of this
+                object and these three.
+            options: Fields of :class:`sglp_deploy.healing.options.HealOptions`; a budget (tokens, minutes) is needed.
+            folder: Where the state of the training is kept while it lasts, so that a killed one goes on.
+            more: Options as well.
+        """
+        chosen = options if isinstance(options, HealOptions) else read_heal_options({**(options or {}), **more})
+        parts = default_parts(self._calibration, tokenizer=self.tokenizer is not None) if corpus is None else corpus
+        task = task_of(self.model)
+        mix = mix_of(parts, self._loaded, chosen, optional=corpus is None, progress=self._progress)
+        place = None if folder is None else Path(folder)
+        return healed(self._loaded, plan, mix, task=task, options=chosen, folder=place, progress=self._progress)
 
     def keep_all(self) -> PruningPlan:
         """The baseline: a plan that removes nothing."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 OVERLAY_FILE: Final = "overlay.safetensors"
+HEAL: Final = "heal"  # what the record of healing has in place of a repair's name
 FORMAT: Final = "overlay/1"  # in the file's metadata; history: 1 = first
 
 

@@ -22,6 +22,13 @@
     [repair.options]               # of the repair
     attention = true
 
+    [heal]                         # no budget, no healing
+    minutes = 15                   # or tokens = 1_000_000, or both
+    text = ["mine.txt", "written"] # left out: the plan's text and a general mix
+
+    [heal.options]
+    learning_rate = 3e-4
+
     [export]
     to = ["onnx", "vllm", "onnx-int8"]
 
@@ -58,6 +65,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from sglp_deploy._names import unknown_name
 from sglp_deploy.cli.settings import DEFAULTS, MOVED, NO_REPAIR, SETTINGS, TYPES, Settings, tables
 from sglp_deploy.errors import ConfigError
+from sglp_deploy.healing.options import HealOptions, read_heal_options
 from sglp_deploy.planners.budget import Budget
 from sglp_deploy.planners.registry import read_options
 from sglp_deploy.repairs import registry as repairs
@@ -65,7 +73,7 @@ from sglp_deploy.repairs import registry as repairs
 _TABLES: Final = tables()
 
 # A name becomes a folder's, and "all" means another folder of a run.  The others are whose options are given too.
-_NAME = re.compile(r"(?!(?:all|plan|repair)$)(?!.*(?:-baseline|-against-torch)$)[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"(?!(?:all|plan|repair|heal)$)(?!.*(?:-baseline|-against-torch)$)[A-Za-z0-9][A-Za-z0-9._-]*")
 _FORMAT = "format"  # the option that says which format is behind a name
 
 # What a flag may still mend: the value is judged when the flags are in.
@@ -122,6 +130,7 @@ class RunConfig(Settings):
         except ConfigError as error:
             faults += error.faults
         faults += self._repair_faults()
+        faults += self._heal_faults()
         faults += self._value_faults()
         if faults:
             raise ConfigError(faults)
@@ -153,10 +162,41 @@ class RunConfig(Settings):
         object.__setattr__(self, "repair_options", {key: getattr(chosen, key) for key in self.repair_options})
         return []
 
+    @property
+    def heals(self) -> bool:
+        """Whether healing is asked for."""
+        return self.heal_tokens is not None or self.heal_minutes is not None
+
+    def healing(self) -> HealOptions:
+        """What is asked of healing; a plan's length of rows does not count for it.
+
+        Raises:
+            ConfigError: If an option is unknown or wrong.
+        """
+        given = {"seed": self.seed, **self.heal_options}
+        return read_heal_options({**given, "tokens": self.heal_tokens, "minutes": self.heal_minutes})
+
+    def _heal_faults(self) -> list[str]:
+        if not self.heals:
+            named = [name for name in ("heal_text", "heal_options") if getattr(self, name)]
+            return [
+                f"{name} is given and healing has no budget; nothing would read it; add minutes = 15 under [heal] "
+                "(--heal-minutes 15), or leave it out"
+                for name in named
+            ]
+        if not all(isinstance(each, int | float | None) for each in (self.heal_tokens, self.heal_minutes)):
+            return []  # of the wrong kind, which is said of every setting
+        try:
+            chosen = self.healing()
+        except ConfigError as error:
+            return error.faults
+        object.__setattr__(self, "heal_options", {key: getattr(chosen, key) for key in self.heal_options})
+        return []
+
     def _export_faults(self) -> list[str]:
         faults = [
             f"{name!r} cannot name an export; its folder and its benchmark's are called by it; use letters, digits, "
-            "'-', '_' and '.', and neither 'all', 'plan' nor 'repair' nor an end in -baseline or -against-torch"
+            "'-', '_' and '.', and none of 'all', 'plan', 'repair' and 'heal' nor an end in -baseline or -against-torch"
             for name in self.to
             if not _NAME.fullmatch(name)
         ]
@@ -213,6 +253,7 @@ class RunConfig(Settings):
         for name, given in changes.pop("options", {}).items():
             options.setdefault(name, {}).update(given)
         found["options"] = options
+        found["heal_options"] = {**found.get("heal_options", {}), **changes.pop("heal_options", {})}
         for named, its in (("method", "plan_options"), ("repair", "repair_options")):
             name = found.get(named, DEFAULTS[named])
             kept = found.pop(its, {}) if changes.get(named, name) == name else {}

@@ -15,7 +15,7 @@ from sglp_deploy.cli.settings import BUDGET, DEFAULTS, MOVED, SETTINGS, TYPES
 
 PLAN: Final = "plan"
 # Whose option it is, where options of formats are given too, to the setting that holds it.
-_OWNERS: Final = {PLAN: "plan_options", "repair": "repair_options"}
+_OWNERS: Final = {PLAN: "plan_options", "repair": "repair_options", "heal": "heal_options"}
 
 Value = int | float | bool | str
 
@@ -88,6 +88,25 @@ def _repair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(*_OUTPUT, required=True, help="folder for plan.json and the weights it changes")
 
 
+def _heal(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("plan", help="plan.json")
+    _overlay(parser)
+    _healing(parser, "--")
+    for name in ("sequence_length", "batch_size", "seed"):
+        _set(parser, name)
+    _options(parser, "heal_options", _text_option)
+    text = "folder for plan.json, the weights it changes and, meanwhile, the state of the training"
+    parser.add_argument(*_OUTPUT, required=True, help=text)
+
+
+def _healing(parser: argparse._ActionsContainer, prefix: str) -> None:
+    """Budget and texts; a text may hold a comma only in a flag of its own."""
+    for name, read in (("heal_tokens", _amount), ("heal_minutes", float)):
+        _set(parser, name, f"{prefix}{SETTINGS[name].key}", type=read)
+    _set(parser, "heal_text", f"{prefix}text", action="append", type=str, help=SETTINGS["heal_text"].text)
+
+
 def _materialize(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     parser.add_argument("plan", help="plan.json")
@@ -152,6 +171,7 @@ def _run(parser: argparse.ArgumentParser) -> None:
     for name in SETTINGS:
         if SETTINGS[name].table in ("repair", "export", "bench", "evaluate") and not name.endswith("options"):
             _set(parser, name)
+    _healing(parser, "--heal-")
     _set(parser, "output", *_OUTPUT)
 
 
@@ -172,6 +192,7 @@ def _nothing(parser: argparse.ArgumentParser) -> None:
 _ARGUMENTS: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
     "plan": _plan,
     "repair": _repair,
+    "heal": _heal,
     "materialize": _materialize,
     "export": _export,
     "verify": _verify,
@@ -212,7 +233,7 @@ def _planning(parser: argparse.ArgumentParser, *, option: str, read: Callable[[s
         _set(budget, name)
     for name in _PLANNING:
         _set(group, name)
-    parser.set_defaults(plan_options=None, repair_options=None, options=None)
+    parser.set_defaults(plan_options=None, repair_options=None, heal_options=None, options=None)
     _options(parser, option, read)
     for flag in MOVED:
         parser.add_argument(
@@ -273,6 +294,18 @@ def _count_or_share(text: str) -> int | float:
     raise argparse.ArgumentTypeError(f"{text!r} is neither a number of layers (6) nor a share of them (0.2)")
 
 
+def _amount(text: str) -> int:
+    """A whole number, with K or M for thousands and millions (1M, 1.5M, 200_000)."""
+    factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
+    try:
+        number = float(text[:-1] if factor > 1 else text) * factor
+    except ValueError:
+        number = math.nan
+    if not number.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens (500K, 1M, 200_000)")
+    return int(number)
+
+
 def _option(text: str) -> tuple[str, Value]:
     key, separator, value = text.partition("=")
     if not key or not separator:
@@ -294,8 +327,8 @@ def _named_option(text: str) -> tuple[str, str, Value]:
     name, _, key = key.rpartition(".")
     if not name or not key:
         raise argparse.ArgumentTypeError(
-            f"{text!r} does not say whose option it is; write FORMAT.KEY=VALUE, plan.KEY=VALUE for the planner, or "
-            "repair.KEY=VALUE for the repair"
+            f"{text!r} does not say whose option it is; write FORMAT.KEY=VALUE, plan.KEY=VALUE for the planner, "
+            "repair.KEY=VALUE for the repair, or heal.KEY=VALUE for healing"
         )
     return name, key, value
 

@@ -10,6 +10,7 @@ import json
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from sglp_deploy.cli.console import Console
 from sglp_deploy.cli.settings import DTYPES
 from sglp_deploy.errors import CalibrationError, ConfigError, StorageError, UnsupportedModelError
 from sglp_deploy.evidence.text import BUILTIN, CalibrationSet
+from sglp_deploy.healing.parts import GENERAL, WRITTEN, default_parts
 from sglp_deploy.overlay import OVERLAY_FILE
 from sglp_deploy.plan import PruningPlan
 
@@ -136,6 +138,24 @@ def repaired_plan(made: Compressor, config: RunConfig, plan: PruningPlan, consol
     for refused in (found.compensation or {}).get("refused", ()):
         console.warn(f"the plan is not repaired; {refused['repair']} was refused: {refused['why']}; the run goes on")
     return found
+
+
+def heal_corpus(texts: Sequence[str], plan: PruningPlan, console: Console) -> list[CalibrationSet | str] | None:
+    """The texts a user names for healing, or those of the default mix; None where that is the Compressor's own.
+
+    Raises:
+        ConfigError: If a text is missing or unreadable.
+        CalibrationError: If it holds no text.
+    """
+    if texts:
+        return [text if text in (BUILTIN, GENERAL, WRITTEN) else CalibrationSet.parse(text) for text in texts]
+    source = str((plan.calibration or {}).get("source") or BUILTIN)
+    if source.startswith(BUILTIN):
+        return None
+    if not Path(source).is_file():
+        console.note(f"{source}, which the plan was made from, is not at hand; healing goes without it")
+        return None
+    return [*default_parts(CalibrationSet.from_text(source))]
 
 
 def read_plan(file: str, overlay: str | None) -> PruningPlan:

@@ -116,12 +116,35 @@ class Settings:
         hint="a table [repair.options] of texts, numbers, true or false",
     )
 
+    heal_tokens: int | None = _setting(
+        "heal", "tokens", None, "tokens to train on after the repair, repetitions counted (1M, 500K)", metavar="N"
+    )
+    heal_minutes: int | float | None = _setting(
+        "heal", "minutes", None, "minutes to train for after the repair, over all resumes", metavar="M"
+    )
+    heal_text: tuple[str, ...] = _setting(
+        "heal",
+        "text",
+        (),
+        "texts to heal on in equal shares: a path, hf:DATASET, builtin, general or written; may be repeated (default: "
+        "the calibration text and these three)",
+        metavar="TEXT",
+    )
+    heal_options: Mapping[str, Option] = _setting(
+        "heal",
+        "options",
+        {},
+        "an option of healing; may be repeated",
+        metavar="KEY=VALUE",
+        hint="a table [heal.options] of texts, numbers, true or false",
+    )
+
     to: tuple[str, ...] = _setting("export", "to", ("onnx",), "formats to make", metavar="FORMATS")
     options: Mapping[str, Mapping[str, Option]] = _setting(
         "export",
         "options",
         {},
-        "an option of a format, plan.KEY=VALUE of the planner, or repair.KEY=VALUE; may be repeated",
+        "an option of a format, plan.KEY=VALUE of the planner, repair.KEY=VALUE or heal.KEY=VALUE; may be repeated",
         metavar="FORMAT.KEY=VALUE",
         hint="a table [export.options.NAME] of texts, numbers, true or false",
     )

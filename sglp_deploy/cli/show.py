@@ -12,7 +12,7 @@ from typing import Any
 from sglp_deploy import plan
 from sglp_deploy.cli.console import table
 from sglp_deploy.errors import ArtifactError
-from sglp_deploy.overlay import repairs_of
+from sglp_deploy.overlay import HEAL, repairs_of
 from sglp_deploy.tasks.base import QUALITY_VERSIONS
 
 _MIB = 1 << 20
@@ -98,7 +98,8 @@ def repair_lines(plan: Json) -> list[str]:
     """A line for each repair of a plan, kept or refused, and one for each thing that it left as it was."""
     lines = []
     for name, words, record in _repairs(plan):
-        lines.append(f"repair {name}: {words}")
+        lines.append(f"{'healing' if name == HEAL else f'repair {name}'}: {words}")
+        lines += [f"healed on {_share(share)}" for share in record.get("by_share", ())]
         lines += [f"not done: {sentence}" for sentence in record.get("not_done", ())]
     return lines
 
@@ -118,11 +119,17 @@ def _repairs(plan: Json) -> list[tuple[str, str, Json]]:
     ]
 
 
+def _share(record: Json) -> str:
+    losses = (_number(record[f"loss_{arm}"], ".4f") for arm in ("dense", "before", "after"))
+    return "{}: {} dense, {} before, {} after".format(record["source"], *losses)
+
+
 def _losses(record: Json) -> str:
     if "loss_before" not in record:
         return "nothing was fitted"
     dense, before, after = (_number(record[f"loss_{arm}"], ".4f") for arm in ("dense", "before", "after"))
-    return f"held-out loss {dense} dense, {before} before the repair, {after} after"
+    step = "healing" if record["repair"] == HEAL else "the repair"
+    return f"held-out loss {dense} dense, {before} before {step}, {after} after"
 
 
 def _short(value: Any) -> str:

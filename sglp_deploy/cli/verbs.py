@@ -62,6 +62,29 @@ def run_repair(arguments: argparse.Namespace, console: Console) -> int:
     return Exit.DONE
 
 
+def run_heal(arguments: argparse.Namespace, console: Console) -> int:
+    """``heal``: train the kept layers towards the unpruned model, where that helps."""
+    from sglp_deploy.cli import session
+    from sglp_deploy.cli.show import repair_lines
+    from sglp_deploy.healing.options import read_heal_options
+
+    folder = Path(arguments.output)
+    session.check_repaired_place(folder, arguments.plan)
+    plan = session.read_plan(arguments.plan, arguments.overlay)
+    given = {key: getattr(arguments, key) for key in ("sequence_length", "batch_size", "seed")}
+    given |= {"tokens": arguments.heal_tokens, "minutes": arguments.heal_minutes, **(arguments.heal_options or {})}
+    options = read_heal_options({key: value for key, value in given.items() if value is not None})
+    session.settle_connection(console, arguments.model, *arguments.heal_text or ())
+    corpus = session.heal_corpus(arguments.heal_text or (), plan, console)
+    compressor = session.plain_compressor(arguments, console)
+    plan = compressor.heal(plan, corpus=corpus, options=options, folder=folder / "healing")
+    written = session.save_repaired(plan, folder)
+    value = plan.to_json()
+    lines = [*repair_lines(value), f"written to {' and '.join(map(str, written))}"]
+    console.result("\n".join(lines), value)
+    return Exit.DONE
+
+
 def run_materialize(arguments: argparse.Namespace, console: Console) -> int:
     """``materialize``: write the shallower checkpoint."""
     from sglp_deploy.cli import session
@@ -342,6 +365,8 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
     """Flags that were given, over ``sglp.toml`` when the model argument is one, over the defaults."""
     known = {item.name for item in fields(RunConfig)}
     given: dict[str, Any] = {key: value for key, value in vars(arguments).items() if key in known and value is not None}
+    if "heal_text" in given:  # a flag that may be repeated makes a list
+        given["heal_text"] = tuple(given["heal_text"])
     if str(arguments.model).endswith(".toml"):
         del given["model"]
         # A budget flag replaces the file's budget, whatever kind that is.

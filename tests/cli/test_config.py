@@ -175,7 +175,7 @@ workload = "smoke"
         "skip_positions, preserve_pattern, options",
         f"{file}: [export] to = 'onnx' is of the wrong kind; a list of texts is read; change it",
         f"{file}: 'benchmark' is not a table of sglp.toml; nothing reads it; did you mean 'bench'? the tables are "
-        "model, plan, repair, export, bench, evaluate, run",
+        "model, plan, repair, heal, export, bench, evaluate, run",
         "no model is given; there is nothing to prune; pass MODEL or set path under [model]",
         "the budget sets drop and keep; one number decides how many layers go; pass exactly one of drop, keep, "
         "max_parameters",
