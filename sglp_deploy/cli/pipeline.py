@@ -27,7 +27,7 @@ from sglp_deploy.cli.config import Export, RunConfig
 from sglp_deploy.cli.console import Console
 from sglp_deploy.cli.engine import Engine
 from sglp_deploy.cli.outcome import Outcome, outcome_of
-from sglp_deploy.cli.settings import NO_REPAIR
+from sglp_deploy.cli.stages.decide import Deciding
 from sglp_deploy.errors import (
     ArtifactError,
     ConfigError,
@@ -38,7 +38,6 @@ from sglp_deploy.errors import (
 from sglp_deploy.isolation import environments
 from sglp_deploy.parity.certificate import ParityReport
 from sglp_deploy.plan import PruningPlan
-from sglp_deploy.planners.registry import PLANNER_GROUP
 
 if TYPE_CHECKING:
     from sglp_deploy.compressor import Compressor
@@ -51,14 +50,6 @@ _PACKAGES = ("torch", "transformers", "numpy")
 
 # What each kind of stage reads of the configuration, beside the model itself.
 _WEIGHTS = ("dtype", "device")
-_PLAN = (
-    *_WEIGHTS, "drop", "keep", "max_parameters", "method", "plan_options",
-    "calibration", "calibration_tokens", "sequence_length", "batch_size", "rows", "skip_positions",
-    "preserve_pattern", "seed",
-)  # fmt: skip
-_REPAIR = (
-    *_WEIGHTS, "repair", "repair_tokens", "repair_options", "calibration", "sequence_length", "batch_size", "seed",
-)  # fmt: skip
 _VERIFY = (*_WEIGHTS, "threads", "text")
 _QUALITY = (*_WEIGHTS, "threads", "text", "evaluation_tokens", "evaluation_chunk", "seed")
 
@@ -109,7 +100,7 @@ class Pipeline:
             self._check_formats()  # a name nobody knows is refused before a folder is made
         with self._engine.opened():
             model = ledger.model_digest(self._config.model)
-            planned = self._decide(model)
+            planned = Deciding(self._config, self._console, self._engine, self._settings, self._loaded).run(model)
             plan = self._plan = PruningPlan.load(self._root / "plan.json")
             made = self._make_artifacts(plan, planned, model)
             verified = self._verify_artifacts(made, model)
@@ -129,35 +120,6 @@ class Pipeline:
             return outcome_of(self._root, plan, self._failures)
 
     # ------------------------------------------------------------------------------------------------ stages
-
-    def _decide(self, model: str) -> str:
-        """Plan, and repair what was planned; the product of the stage that wrote ``plan.json``."""
-        repairing = self._config.repair != NO_REPAIR
-        file = ledger.DECIDED if repairing else "plan.json"
-        settings = self._settings(_PLAN) | {"planner": ledger.provider(PLANNER_GROUP, self._config.method)}
-        planned = self._engine.stage("plan", settings, [model], [file], lambda: self._make_plan(file))
-        if not repairing:
-            return planned
-        return self._engine.stage("repair", self._settings(_REPAIR), [planned, model], ["plan.json"], self._make_repair)
-
-    def _make_plan(self, file: str) -> list[str]:
-        plan = session.make_plan(self._loaded(), self._config)
-        self._console.note(f"plan: remove layers {', '.join(map(str, plan.drop)) or 'none'}")
-        return self._save(plan, file)
-
-    def _make_repair(self) -> list[str]:
-        plan = PruningPlan.load(self._root / ledger.DECIDED)
-        if plan.drop:
-            plan = session.repaired_plan(self._loaded(), self._config, plan, self._console)
-        else:
-            self._console.note("repair: the plan removes no layer, so there is nothing to repair")
-        return self._save(plan, "plan.json")
-
-    def _save(self, plan: PruningPlan, file: str) -> list[str]:
-        """Write a plan and the weights it changes; returns the path of these, where there are any."""
-        plan.save(self._root / file)
-        overlay = plan.save_overlay((self._root / file).parent)
-        return [] if overlay is None else [overlay.relative_to(self._root).as_posix()]
 
     def _make_artifacts(self, plan: PruningPlan, planned: str, model: str) -> dict[str, str]:
         """The checkpoint and every format asked for, with its baseline where it will be measured; name to product."""
