@@ -198,7 +198,7 @@ class CalibrationSet:
         rng = random.Random(self.seed)
         order = list(range(len(self.documents)))
         rng.shuffle(order)
-        first = _row_start(tokenizer) if tokenizer is not None and isinstance(self.documents[0], str) else []
+        first = row_start(tokenizer) if tokenizer is not None and isinstance(self.documents[0], str) else []
         stream: list[int] = []
         for index in order:
             document = self.documents[index]
@@ -239,7 +239,8 @@ def _rows(stream: list[int], first: list[int], settings: CalibrationSet) -> Toke
     return TokenBatches(ids, mask, settings.batch_size, digest)
 
 
-def _row_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def row_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The begin-of-text token where the tokenizer normally adds one, else nothing."""
     begin = tokenizer.bos_token_id
     return [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
 
