@@ -25,6 +25,7 @@ from sglp_deploy.planners.budget import Budget, check_parameter_budget
 from sglp_deploy.planners.registry import read_options
 from sglp_deploy.repairs.judged import repaired
 from sglp_deploy.tasks import task_of
+from sglp_deploy.tasks.both import judged, sampled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from sglp_deploy.evidence.text import TokenBatches
     from sglp_deploy.materialize import CompressedModel
     from sglp_deploy.parity.certificate import ParityReport
+    from sglp_deploy.tasks.asked import JudgedTask
     from sglp_deploy.tasks.base import Task
 
 Progress = Callable[[str, int, int], None]
@@ -318,17 +320,60 @@ class Compressor:
             progress=self._stage("verify"),
         )  # fmt: skip
 
-    def evaluate(self, plan: PruningPlan, text: CalibrationSet | None = None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        plan: PruningPlan,
+        text: CalibrationSet | None = None,
+        *,
+        tasks: Sequence[JudgedTask] = (),
+        sample_tokens: int = 0,
+    ) -> dict[str, Any]:
         """Quality of the dense and the pruned model on held-out data, as ``quality.json`` holds it.
 
         Where repairs made all weights that the plan changes, the pruned model without them is judged too.
+
+        Args:
+            plan: Which layers go.
+            text: To take perplexity on; the held-out built-in prose when omitted.
+            tasks: To judge both models by, from :func:`sglp_deploy.tasks.asked.read_tasks`; under ``tasks``.
+            sample_tokens: How many tokens both models write after some prompts; under ``generation``, nothing when 0.
         """
         task = task_of(self.model)
         held_out = text or task.held_out(max_tokens=16_384, sequence_length=512)
         batches = task.encode(held_out, self._loaded)
         dense = task.evaluate(self.model, batches, progress=self._stage("evaluate dense"))
         pruned = task.evaluate(self.materialize(plan).module, batches, progress=self._stage("evaluate pruned"))
-        return task.compare(dense, pruned, batches, held_out.source, unrepaired=self._unrepaired(plan, task, batches))
+        found = task.compare(dense, pruned, batches, held_out.source, unrepaired=self._unrepaired(plan, task, batches))
+        if tasks:
+            found["tasks"] = self.evaluate_tasks(tasks, plan)
+        if sample_tokens:
+            found["generation"] = self.sample(sample_tokens, plan)
+        return found
+
+    def evaluate_tasks(self, tasks: Sequence[JudgedTask], plan: PruningPlan | None = None) -> dict[str, dict[str, Any]]:
+        """Task to what the unpruned and the pruned model get, with the difference over the same items.
+
+        Args:
+            tasks: From :func:`sglp_deploy.tasks.asked.read_tasks`.
+            plan: Which layers go; the unpruned model is judged alone when omitted.
+
+        Raises:
+            CalibrationError: If the model has no tokenizer, or a score is not finite.
+            ConfigError: If an item does not fit the model.
+            UnsupportedModelError: If it is no decoder language model.
+        """
+        return judged(
+            self.model, None if plan is None else self.materialize(plan).module, self.tokenizer, tasks, self._stage
+        )
+
+    def sample(self, n_tokens: int, plan: PruningPlan) -> dict[str, Any]:
+        """What the unpruned and the pruned model write after some prompts, and how much they repeat themselves.
+
+        Args:
+            n_tokens: How many tokens, at most.
+            plan: Which layers go.
+        """
+        return sampled(self.model, self.materialize(plan).module, self.tokenizer, n_tokens, self._stage)
 
     def _unrepaired(self, plan: PruningPlan, task: Task, batches: TokenBatches) -> Any:
         """Quality of the pruned model before its repair; None where there is no such model, or no figure for it."""

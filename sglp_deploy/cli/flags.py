@@ -43,6 +43,8 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         parser.error("export takes a plan or --baseline, one of the two")
     if arguments.verb == "export" and arguments.baseline and arguments.overlay:
         parser.error("--overlay goes with a plan; the baseline changes no weights")
+    if arguments.verb == "evaluate" and not arguments.plan and (arguments.overlay or arguments.sample_tokens):
+        parser.error("--overlay and --sample-tokens go with a plan; the model alone is judged")
     if arguments.verb == "env" and (arguments.action == "list") == (arguments.name is not None):
         parser.error(f"env {arguments.action} takes {'no name' if arguments.action == 'list' else 'a NAME'}")
     by_hand = getattr(arguments, "drop_layers", None) is not None
@@ -153,10 +155,15 @@ def _bench(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:
     _model(parser)
+    parser.add_argument("plan", nargs="?", help="plan.json: judge the pruned model beside the unpruned one")
+    _overlay(parser)
     _set(parser, "text", help="text file, .jsonl or hf:DATASET (default: held-out built-in prose)")
     for name in ("evaluation_tokens", "evaluation_chunk"):
         flag = SETTINGS[name].key
         _set(parser, name, f"--{flag}", dest=flag, default=DEFAULTS[name])
+    _set(parser, "tasks", default=DEFAULTS["tasks"])
+    _set(parser, "tasks_limit")
+    _set(parser, "sample_tokens", default=0, help="tokens of a greedy sample, dense beside pruned (default: none)")
     parser.add_argument(*_OUTPUT, help="file to write")
 
 
@@ -255,12 +262,28 @@ def _set(parser: argparse._ActionsContainer, name: str, *flags: str, **changes: 
         given["action"] = "store_true"
     else:
         if isinstance(default, tuple):
-            given["help"] += ", comma-separated"
-        said = ",".join(default) if isinstance(default, tuple) else default
+            given["help"] += ", comma-separated or given again"
+            given["action"] = _More
+        said = (",".join(default) or None) if isinstance(default, tuple) else default
         given |= {"type": _READ[declared], "metavar": setting.metavar}
         given["help"] += f" (default: {said})" if said is not None else ""
         given |= {"choices": setting.choices} if setting.choices else {}
     parser.add_argument(*(flags or (f"--{name.replace('_', '-')}",)), **{**given, **changes})
+
+
+class _More(argparse.Action):
+    """Collect lists: a flag that is given again adds to what it said before."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Add ``values``, a tuple."""
+        del parser, option_string
+        setattr(namespace, self.dest, (*(getattr(namespace, self.dest) or ()), *values))
 
 
 class _Options(argparse.Action):

@@ -19,6 +19,7 @@ from sglp_deploy.errors import ArtifactError, ConfigError
 from sglp_deploy.isolation import lock
 from sglp_deploy.overlay import OVERLAY_FILE
 from sglp_deploy.planners.registry import PLANNER_GROUP, PLANNERS
+from sglp_deploy.tasks import asked
 
 RUN_FILE = "run.json"
 SCHEMA = "run/2"  # history: 1 = first; 2 = a stage keeps the answer to a question about its outputs
@@ -125,6 +126,16 @@ def text_digest(given: str | None) -> str:
     if given is not None and Path(given).is_file():
         return _io.sha256_file(Path(given))
     return given or "builtin"
+
+
+def counted(name: str, value: Any) -> Any:
+    """The setting ``name`` as it decides a stage: of files their content."""
+    if name in ("calibration", "text"):
+        return text_digest(value)
+    if name == "tasks":
+        found = [asked.split(request) for request in value]
+        return [[kind, Path(what).stem, text_digest(what)] for kind, what in found]
+    return value
 
 
 def provider(group: str, name: str) -> str:

@@ -33,7 +33,7 @@ VERBS = {
     "export": "export a shallower model, or its unpruned baseline",
     "verify": "certify that an artifact computes what the pruned model should (exit 3 when not)",
     "bench": "measure a certified artifact, paired against another one (exit 4 when not comparable)",
-    "evaluate": "perplexity of a model on text",
+    "evaluate": "perplexity of a model on text, and its right answers in tasks; with a plan, the pruned one beside it",
     "report": "render a run folder as report.json and report.html",
     "run": "plan, repair, heal, materialize, export, verify, evaluate, bench and report; resumable",
     "show": "print any of our files as a table",

@@ -51,7 +51,10 @@ _PACKAGES = ("torch", "transformers", "numpy")
 # What each kind of stage reads of the configuration, beside the model itself.
 _WEIGHTS = ("dtype", "device")
 _VERIFY = (*_WEIGHTS, "threads", "text")
-_QUALITY = (*_WEIGHTS, "threads", "text", "evaluation_tokens", "evaluation_chunk", "seed")
+_QUALITY = (
+    *_WEIGHTS, "threads", "text", "evaluation_tokens", "evaluation_chunk", "seed",
+    "tasks", "tasks_limit", "sample_tokens",
+)  # fmt: skip
 
 
 class Pipeline:
@@ -206,7 +209,7 @@ class Pipeline:
         return {"packages": self._packages_of(name), **found}
 
     def _judge(self, plan: PruningPlan) -> None:
-        quality = self._loaded().evaluate(plan, session.evaluation_set(self._config))
+        quality = session.judged(self._loaded(), self._config, plan)
         _io.write_json(self._root / "quality.json", quality)
 
     def _bench_stage(self, plan: PruningPlan, made: Mapping[str, str]) -> str:
@@ -308,11 +311,7 @@ class Pipeline:
         }
 
     def _settings(self, names: Sequence[str]) -> dict[str, Any]:
-        settings = {name: getattr(self._config, name) for name in names}
-        return {
-            name: ledger.text_digest(value) if name in ("calibration", "text") else value
-            for name, value in settings.items()
-        }
+        return {name: ledger.counted(name, getattr(self._config, name)) for name in names}
 
     def _exports(self) -> list[Export]:
         # PyTorch last: the first measured format is the one whose baseline is repeated as the A/A control.

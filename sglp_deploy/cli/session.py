@@ -25,6 +25,7 @@ from sglp_deploy.evidence.text import BUILTIN, CalibrationSet
 from sglp_deploy.healing.parts import GENERAL, WRITTEN, default_parts
 from sglp_deploy.overlay import OVERLAY_FILE
 from sglp_deploy.plan import PruningPlan
+from sglp_deploy.tasks.asked import read_tasks
 
 if TYPE_CHECKING:
     from sglp_deploy.compressor import Compressor
@@ -62,15 +63,22 @@ def evaluation_set(config: RunConfig) -> CalibrationSet:
 
 
 def check_texts(config: RunConfig) -> None:
-    """Read the texts a run will need much later, so that a wrong path is refused at once; datasets are left alone.
+    """Read what a run will need much later, so that a wrong path is refused at once; datasets are left alone.
 
     Raises:
-        ConfigError: If a file is missing or unreadable.
+        ConfigError: If a file is missing or unreadable, or a task's file is wrong.
         CalibrationError: If it holds no text.
     """
     for given, make in ((config.calibration, calibration_set), (config.text, evaluation_set)):
         if not (given or "").startswith("hf:"):
             make(config)
+    read_tasks(config.tasks, limit=config.tasks_limit)
+
+
+def judged(made: Compressor, config: RunConfig, plan: PruningPlan) -> dict[str, Any]:
+    """Quality as a run asks for it: perplexity, tasks and a sample."""
+    tasks = read_tasks(config.tasks, limit=config.tasks_limit)
+    return made.evaluate(plan, evaluation_set(config), tasks=tasks, sample_tokens=config.sample_tokens)
 
 
 def compressor(config: RunConfig, console: Console) -> Compressor:
@@ -111,6 +119,24 @@ def _load(console: Console, model: str, **options: Any) -> Compressor:
 
     console.note(f"loading {model}")
     return Compressor.from_pretrained(model, progress=console.progress, **options)
+
+
+def perplexity_alone(made: Compressor, text: CalibrationSet, console: Console) -> dict[str, Any]:
+    """What ``evaluate`` says of one model."""
+    from sglp_deploy.tasks import task_of
+
+    task = task_of(made.model)
+    batches = text.encode(made.tokenizer)
+    found = task.evaluate(made.model, batches, progress=lambda done, total: console.progress("evaluate", done, total))
+    return {
+        "schema": "perplexity/1",
+        "model": made.source,
+        "text": text.source,
+        "text_digest": batches.digest,
+        "chunk_tokens": int(batches.input_ids.shape[1]),
+        "n_tokens": int(found.predictions.sum()),
+        **found.to_json(),
+    }
 
 
 def make_plan(made: Compressor, config: RunConfig, *, keep_matrix: bool = True) -> PruningPlan:

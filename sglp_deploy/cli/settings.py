@@ -155,6 +155,21 @@ class Settings:
     evaluation_tokens: int = _setting("evaluate", "tokens", 16_384, "token budget for quality", least=8)
     evaluation_chunk: int = _setting("evaluate", "chunk", 512, "tokens in a chunk of that text", least=8)
 
+    tasks: tuple[str, ...] = _setting(
+        "evaluate", "tasks", (), "questions to judge by: FILE.jsonl, last-word:FILE", metavar="TASKS"
+    )
+    tasks_limit: int | None = _setting(
+        "evaluate", "tasks_limit", None, "items of each task, the first ones (default: all)", least=1, metavar="N"
+    )
+    sample_tokens: int = _setting(
+        "evaluate",
+        "sample_tokens",
+        48,
+        "tokens of the greedy sample, dense beside pruned; 0: none",
+        least=0,
+        metavar="N",
+    )
+
     output: str = _setting("run", "output", "runs/run", "run folder")
     seed: int = _setting("run", "seed", 0, "seed", least=0)
 

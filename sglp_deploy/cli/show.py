@@ -249,8 +249,49 @@ def _quality(value: Json) -> str:
     return (
         table(rows, ("model", "perplexity", "nats a token"))
         + f"\n\nratio {value['ratio']:.3f} (95 % interval {low:.3f} - {high:.3f}) on {protocol['n_tokens']} tokens of "
-        f"{protocol['text']}, chunks of {protocol['chunk_tokens']}"
+        f"{protocol['text']}, chunks of {protocol['chunk_tokens']}" + _tasks(value) + _generation(value)
     )
+
+
+def _tasks(value: Json) -> str:
+    """A line for each metric of each task; of two models with the difference over the same items."""
+    rows = []
+    for name, task in (value.get("tasks") or {}).items():
+        for metric in task["metrics"].values():
+            arms = [metric[arm] for arm in ("dense", "pruned")] if "difference" in metric else [metric]
+            row = [f"{name} ({task['n_items']})", metric["label"], *(_with_interval(arm, ".3f") for arm in arms)]
+            if "difference" in metric:
+                paired = {"value": metric["difference"], "interval": metric["difference_interval"]}
+                row.append(_with_interval(paired, "+.3f"))
+            rows.append(row)
+    if not rows:
+        return ""
+    head = ("task (items)", "metric", "dense", "pruned", "difference, 95 % interval")
+    return "\n\n" + table(rows, head if len(rows[0]) == len(head) else (*head[:2], "value, 95 % interval"))
+
+
+def _with_interval(figure: Json, form: str) -> str:
+    low, high = figure["interval"]
+    return f"{figure['value']:{form}} ({low:{form}} to {high:{form}})"
+
+
+def _generation(value: Json) -> str:
+    found = value.get("generation")
+    if not found:
+        return ""
+    if "not_made" in found:
+        return f"\n\nno sample was written: {found['not_made']}"
+    shares = ", ".join(f"{arm} {_number(found['repetition'][arm], '.0%')}" for arm in ("dense", "pruned"))
+    lines = [f"{found['decoding']}; repeated runs of {found['repetition']['n']} tokens: {shares}"]
+    for row in found["rows"]:
+        lines.append(row["prompt"])
+        lines += [f"  {arm.ljust(6)} {_printable(row[arm]['text'])}" for arm in ("dense", "pruned")]
+    return "\n\n" + "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    """One line that no terminal obeys: a model may write anything."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(text.split()))
 
 
 def _run(value: Json) -> str:
@@ -268,7 +309,10 @@ def _report(value: Json) -> str:
 
 
 def _perplexity(value: Json) -> str:
-    return f"perplexity {value['perplexity']:.3f} on {value['n_tokens']} tokens of {value['text']}"
+    return (
+        f"perplexity {value['perplexity']:.3f} ({value['nats_per_token']:.4f} nats a token) on {value['n_tokens']} "
+        f"tokens of {value['text']}, chunks of {value['chunk_tokens']}" + _tasks(value)
+    )
 
 
 def _similarity(value: Json) -> str:

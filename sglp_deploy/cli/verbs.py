@@ -197,37 +197,27 @@ def _say_unverified(console: Console, arms: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def run_evaluate(arguments: argparse.Namespace, console: Console) -> int:
-    """``evaluate``: perplexity of one model on text."""
+    """``evaluate``: perplexity of a model on text and what it gets in tasks; with a plan, the pruned one beside it."""
     from sglp_deploy import _io
     from sglp_deploy.cli import session
+    from sglp_deploy.cli.show import describe
+    from sglp_deploy.tasks.asked import read_tasks
 
     session.check_output_file(arguments.output)
+    plan = session.read_plan(arguments.plan, arguments.overlay) if arguments.plan else None
+    tasks = read_tasks(arguments.tasks, limit=arguments.tasks_limit)
     session.settle_connection(console, arguments.model, arguments.text)
     text = session.held_out_set(arguments.text, max_tokens=arguments.tokens, sequence_length=arguments.chunk)
     compressor = session.plain_compressor(arguments, console)
-    from sglp_deploy.tasks import task_of
-
-    task = task_of(compressor.model)
-    batches = text.encode(compressor.tokenizer)
-    found = task.evaluate(
-        compressor.model, batches, progress=lambda done, total: console.progress("evaluate", done, total)
-    )
-    value = {
-        "schema": "perplexity/1",
-        "model": compressor.source,
-        "text": text.source,
-        "text_digest": batches.digest,
-        "chunk_tokens": int(batches.input_ids.shape[1]),
-        "n_tokens": int(found.predictions.sum()),
-        **found.to_json(),
-    }
+    if plan is not None:
+        value = compressor.evaluate(plan, text, tasks=tasks, sample_tokens=arguments.sample_tokens)
+    else:
+        value = session.perplexity_alone(compressor, text, console)
+        if tasks:
+            value["tasks"] = compressor.evaluate_tasks(tasks)
     if arguments.output:
         _io.write_json(Path(arguments.output), value)
-    console.result(
-        f"perplexity {found.perplexity:.3f} ({found.nats_per_token:.4f} nats a token) on {value['n_tokens']} tokens of "
-        f"{text.source}, chunks of {value['chunk_tokens']}",
-        value,
-    )
+    console.result(describe(value), value)
     return Exit.DONE
 
 

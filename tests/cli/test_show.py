@@ -131,7 +131,8 @@ def test_a_report_shows_its_cards(run: Path) -> None:
 
 def test_a_perplexity_file_is_shown() -> None:
     value = {"schema": "perplexity/1", "perplexity": 12.3456, "n_tokens": 99, "text": "own.txt"}
-    assert show.describe(value) == "perplexity 12.346 on 99 tokens of own.txt"
+    value |= {"nats_per_token": 2.5133, "chunk_tokens": 32}
+    assert show.describe(value) == "perplexity 12.346 (2.5133 nats a token) on 99 tokens of own.txt, chunks of 32"
 
 
 def test_a_similarity_matrix_shows_each_layer_against_the_next() -> None:

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 # Small enough for a test, large enough for six layers to be told apart.
 SMALL = ("--calibration-tokens", "256", "--sequence-length", "32", "--threads", "1")
 SMALL_RUN = (*SMALL, "--evaluation-tokens", "256", "--evaluation-chunk", "32", "--workload", "smoke")
+SMALL_RUN = (*SMALL_RUN, "--sample-tokens", "6")
 SMALL_RUN = (*SMALL_RUN, "--repair", "none")  # what is about repairs asks for one, and the last flag wins
 
 
