@@ -118,7 +118,7 @@ class Pipeline:
             self._engine.forget_others("report")
             upstream = [planned, judged, measured, *made.values(), *verified]
             outputs = ["report/report.json", "report/report.html"]
-            self._engine.stage("report", {"layout": 2}, upstream, outputs, self._write_report)
+            self._engine.stage("report", {"layout": 3}, upstream, outputs, self._write_report)
             self._engine.save()
             return outcome_of(self._root, plan, self._failures)
 

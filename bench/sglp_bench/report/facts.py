@@ -298,6 +298,8 @@ def cards(report: Mapping[str, Any]) -> list[Json]:
         add("perplexity", "Perplexity", value, detail, "bad" if is_dear(report) else "plain")
     else:
         add("perplexity", "Perplexity", "not measured", "no quality file was given", "absent")
+    for name, task in section(section(report, "quality"), "tasks").items():
+        _task_card(add, name, task)
     names = [str(item.get("name")) for item in report["parity"]]
     failed = [str(item.get("name")) for item in report["parity"] if item.get("passed") is not True]
     if failed:
@@ -307,6 +309,17 @@ def cards(report: Mapping[str, Any]) -> list[Json]:
     else:
         add("parity", "Parity", "not measured", "no speed may be claimed without it", "absent")
     return made
+
+
+def _task_card(add: Callable[..., None], name: str, task: Json) -> None:
+    metric = section(section(task, "metrics"), str(task.get("metric")))
+    before, after = (fmt.number(section(metric, arm).get("value")) for arm in ("dense", "pruned"))
+    change, span = fmt.number(metric.get("difference")), _pair(metric.get("difference_interval"))
+    if before is None or after is None or change is None:
+        return
+    interval = f", 95\u00a0% CI {span[0]:+.3f} to {span[1]:+.3f}" if span else ""
+    detail = f"{metric.get('label')}; difference {change:+.3f}{interval}".replace("-", "−")
+    add(f"task_{name}", name, f"{before:.3f} → {after:.3f}", detail)
 
 
 def _speed_card(add: Callable[..., None], metric: str, label: str, main: Json) -> None:

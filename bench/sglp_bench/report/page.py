@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from sglp_bench.report import measured, sections
+from sglp_bench.report import answers, measured, sections
 from sglp_bench.report.shown import Badge, Code, in_words
 
 
@@ -34,6 +34,8 @@ def render_html(report_json: Mapping[str, Any]) -> str:
             measurements=measured.speed_values(report),
             memory=measured.memory_values(report),
             quality=measured.quality_values(report),
+            tasks=answers.task_values(report),
+            samples=answers.sample_values(report),
             provenance=sections.provenance_values(report),
         )
     )
