@@ -21,7 +21,7 @@ from sglp_deploy.errors import CalibrationError, UnsupportedModelError
 from sglp_deploy.evidence.branches import Branch, find_branches, flat, watching, weight_of
 from sglp_deploy.evidence.least_squares import NormalEquations, best_ridge
 from sglp_deploy.evidence.statistics import GapDamage
-from sglp_deploy.evidence.streams import KeptStream, StackRunner
+from sglp_deploy.evidence.streams import IndexedStream, KeptStream, StackRunner, StreamWindow
 from sglp_deploy.models.library import evaluating
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class GapMeter:
         values = np.full((n_layers, longest), np.inf)
         judged = np.zeros((n_layers, longest), dtype=bool)
         with tempfile.TemporaryDirectory(prefix="sglp-gaps-") as folder:
-            streams = _Window(Path(folder), self._extend)
+            streams = StreamWindow(Path(folder), self._extend)
             wanted = self._unpruned(self._judging[:1])
             for start in range(n_layers):
                 lengths = [n for n in range(1, longest + 1) if start + n <= n_layers]
@@ -171,11 +171,11 @@ class GapMeter:
         self,
         path: Path,
         gaps: Sequence[tuple[int, int]],
-        behind: dict[int, _Indexed],
+        behind: dict[int, IndexedStream],
         indices: Sequence[int],
         wanted: dict[int, torch.Tensor],
     ) -> float:
-        stream = _Indexed(path.with_suffix(".0"), indices)
+        stream = IndexedStream(path.with_suffix(".0"), indices)
         for index in indices:
             stream.append(self._run(index, 0, 0, None))
         at = 0
@@ -183,9 +183,9 @@ class GapMeter:
             if not start:
                 at = length  # nothing before it can be fitted
                 continue
-            following = _Indexed(path.with_suffix(f".{turn + 1}"), indices)
+            following = IndexedStream(path.with_suffix(f".{turn + 1}"), indices)
             # The layer before the gap is fitted, those before it run as they are.
-            moved = _Indexed(path.with_suffix(f".{turn + 1}m"), indices)
+            moved = IndexedStream(path.with_suffix(f".{turn + 1}m"), indices)
             for index in indices:
                 moved.append(self._run(index, at, start - 1, stream.read(index)))
             target = [behind[start + length]]
@@ -200,8 +200,8 @@ class GapMeter:
         stream.discard()
         return damage
 
-    def _dense(self, folder: Path, boundaries: Sequence[int], indices: Sequence[int]) -> dict[int, _Indexed]:
-        made = {at: _Indexed(folder / f"dense-{at}.f32", indices) for at in boundaries}
+    def _dense(self, folder: Path, boundaries: Sequence[int], indices: Sequence[int]) -> dict[int, IndexedStream]:
+        made = {at: IndexedStream(folder / f"dense-{at}.f32", indices) for at in boundaries}
         if boundaries:
             for index in indices:
                 seen = self._runner.watch(self._batches[index], boundaries)
@@ -210,7 +210,9 @@ class GapMeter:
                     stream.append(seen[at])
         return made
 
-    def _fit(self, layer: int, streams: _Window, targets: Sequence[KeptStream]) -> Callable[[int, int], torch.Tensor]:
+    def _fit(
+        self, layer: int, streams: StreamWindow, targets: Sequence[KeptStream]
+    ) -> Callable[[int, int], torch.Tensor]:
         return self._fitted(self._site(layer), streams.at(layer), targets, self._fitted_on, self._held_out)
 
     def _fitted(
@@ -352,45 +354,7 @@ class GapMeter:
             self._progress(stage, done, total)
 
 
-class _Window:
-    """Unpruned hidden states at consecutive boundaries, each made from the one before when it is first asked for."""
-
-    def __init__(self, folder: Path, extend: Callable[[KeptStream | None, int, KeptStream], None]) -> None:
-        self._folder, self._extend = folder, extend
-        self._kept: dict[int, KeptStream] = {}
-
-    def at(self, boundary: int) -> KeptStream:
-        if boundary not in self._kept:
-            before = self.at(boundary - 1) if boundary else None
-            made = KeptStream(self._folder / f"{boundary}.f32")
-            self._extend(before, boundary, made)
-            self._kept[boundary] = made
-        return self._kept[boundary]
-
-    def forget_before(self, boundary: int) -> None:
-        """Give up what no later gap needs; boundary 0 stays, for gaps in front of all layers."""
-        for at in [at for at in self._kept if 0 < at < boundary]:
-            self._kept.pop(at).discard()
-
-
-class _Indexed:
-    """A kept stream of some minibatches only, read by the minibatch's own number."""
-
-    def __init__(self, path: Path, indices: Sequence[int]) -> None:
-        self._stream = KeptStream(path)
-        self._place = {index: place for place, index in enumerate(indices)}
-
-    def append(self, hidden: torch.Tensor) -> None:
-        self._stream.append(hidden)
-
-    def read(self, index: int) -> torch.Tensor:
-        return self._stream.read(self._place[index])
-
-    def discard(self) -> None:
-        self._stream.discard()
-
-
-_Readable = KeptStream | _Indexed
+_Readable = KeptStream | IndexedStream
 
 
 def _old_map(projection: nn.Module, branch: Branch) -> torch.Tensor:

@@ -74,6 +74,48 @@ class KeptStream:
         return torch.from_numpy(values.reshape(shape))
 
 
+class StreamWindow:
+    """Unpruned hidden states at consecutive boundaries, each made from the one before when it is first asked for."""
+
+    def __init__(self, folder: Path, extend: Callable[[KeptStream | None, int, KeptStream], None]) -> None:
+        self._folder, self._extend = folder, extend
+        self._kept: dict[int, KeptStream] = {}
+
+    def at(self, boundary: int) -> KeptStream:
+        """The states at a boundary."""
+        if boundary not in self._kept:
+            before = self.at(boundary - 1) if boundary else None
+            made = KeptStream(self._folder / f"{boundary}.f32")
+            self._extend(before, boundary, made)
+            self._kept[boundary] = made
+        return self._kept[boundary]
+
+    def forget_before(self, boundary: int) -> None:
+        """Give up what no later gap needs; boundary 0 stays, for gaps in front of all layers."""
+        for at in [at for at in self._kept if 0 < at < boundary]:
+            self._kept.pop(at).discard()
+
+
+class IndexedStream:
+    """A kept stream of some minibatches only, read by the minibatch's own number."""
+
+    def __init__(self, path: Path, indices: Sequence[int]) -> None:
+        self._stream = KeptStream(path)
+        self._place = {index: place for place, index in enumerate(indices)}
+
+    def append(self, hidden: torch.Tensor) -> None:
+        """Keep the next of the minibatches; see :meth:`KeptStream.append`."""
+        self._stream.append(hidden)
+
+    def read(self, index: int) -> torch.Tensor:
+        """One minibatch, by its own number."""
+        return self._stream.read(self._place[index])
+
+    def discard(self) -> None:
+        """Give the room on the disk back."""
+        self._stream.discard()
+
+
 class StackRunner:
     """Runs stretches of a model's layers; the other layers are not computed.
 
