@@ -325,16 +325,18 @@ class Compressor:
         plan: PruningPlan,
         text: CalibrationSet | None = None,
         *,
+        repaired: PruningPlan | None = None,
         tasks: Sequence[JudgedTask] = (),
         sample_tokens: int = 0,
     ) -> dict[str, Any]:
         """Quality of the dense and the pruned model on held-out data, as ``quality.json`` holds it.
 
-        Where repairs made all weights that the plan changes, the pruned model without them is judged too.
+        Where repairs and healing made all weights that the plan changes, the pruned model without them is judged too.
 
         Args:
-            plan: Which layers go.
-            text: To take perplexity on; the held-out built-in prose when omitted.
+            plan: What is judged.
+            text: To take perplexity on; the task's own held-out data when omitted.
+            repaired: The plan before healing, where it was repaired before; judged too.
             tasks: To judge both models by, from :func:`sglp_deploy.tasks.asked.read_tasks`; under ``tasks``.
             sample_tokens: How many tokens both models write after some prompts; under ``generation``, nothing when 0.
         """
@@ -343,7 +345,11 @@ class Compressor:
         batches = task.encode(held_out, self._loaded)
         dense = task.evaluate(self.model, batches, progress=self._stage("evaluate dense"))
         pruned = task.evaluate(self.materialize(plan).module, batches, progress=self._stage("evaluate pruned"))
-        found = task.compare(dense, pruned, batches, held_out.source, unrepaired=self._unrepaired(plan, task, batches))
+        before: dict[str, Any] = {"unrepaired": self._unrepaired(plan, task, batches)}
+        if repaired is not None and repairs_of(repaired.overlay) and repaired.overlay != plan.overlay:
+            before["repaired"] = self._judged(repaired, task, batches, "evaluate repaired")
+        steps = [str(record["repair"]) for record in repairs_of(plan.overlay)]
+        found = task.compare(dense, pruned, batches, held_out.source, **before) | {"repairs": steps}
         if tasks:
             found["tasks"] = self.evaluate_tasks(tasks, plan)
         if sample_tokens:
@@ -381,9 +387,12 @@ class Compressor:
         # Weights that a planner made are in the overlay too, and without them it would be a third model.
         if plan.overlay is None or not repairs or len(repairs) < len(plan.overlay["made_by"]):
             return None
-        bare = self.materialize(replace(plan, overlay=None, weights=None))
+        return self._judged(replace(plan, overlay=None, weights=None), task, batches, "evaluate unrepaired")
+
+    def _judged(self, plan: PruningPlan, task: Task, batches: TokenBatches, stage: str) -> Any:
+        """Quality of the pruned model; None where there is no figure for it."""
         try:
-            return task.evaluate(bare.module, batches, progress=self._stage("evaluate unrepaired"))
+            return task.evaluate(self.materialize(plan).module, batches, progress=self._stage(stage))
         except CalibrationError:  # too broken for a figure, which a repair may have mended
             return None
 

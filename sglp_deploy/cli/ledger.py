@@ -25,11 +25,14 @@ RUN_FILE = "run.json"
 SCHEMA = "run/2"  # history: 1 = first; 2 = a stage keeps the answer to a question about its outputs
 
 DECISION = "decision"
-DECIDED = f"{DECISION}/plan.json"  # the plan as it was before its repair
+DECIDED = f"{DECISION}/plan.json"  # the plan as it was before its repair, or before healing where there is none
+REPAIRED = "repaired/plan.json"  # the plan as it was before healing
+HEALING = "healing"  # where a training stands, while it lasts
+_BEFORE = (DECIDED, REPAIRED)
 
 # Every name a run writes at the top of its folder; anything else there belongs to somebody.
 _LAYOUT = {RUN_FILE, "plan.json", OVERLAY_FILE, "quality.json", DECISION}
-_LAYOUT |= {"checkpoint", "artifacts", "parity", "bench", "report"}
+_LAYOUT |= {"repaired", HEALING, "checkpoint", "artifacts", "parity", "bench", "report"}
 
 # Where a killed run can have left a temporary name, and nowhere else: the folder may hold a user's own files too.
 _LEFTOVERS = (
@@ -37,6 +40,8 @@ _LEFTOVERS = (
     ".plan.json.*.tmp",
     f".{OVERLAY_FILE}.*.tmp",
     f"{DECISION}/.*.tmp",
+    "repaired/.*.tmp",
+    f"{HEALING}/.*.tmp",
     ".quality.json.*.tmp",
     ".checkpoint.*.partial",
     ".checkpoint.*.old",
@@ -132,6 +137,8 @@ def counted(name: str, value: Any) -> Any:
     """The setting ``name`` as it decides a stage: of files their content."""
     if name in ("calibration", "text"):
         return text_digest(value)
+    if name == "heal_text":
+        return [text_digest(text) for text in value]
     if name == "tasks":
         found = [asked.split(request) for request in value]
         return [[kind, Path(what).stem, text_digest(what)] for kind, what in found]
@@ -205,7 +212,8 @@ def remove_strangers(root: Path, outputs: Iterable[str]) -> list[str]:
     wanted = [root / output for output in outputs]
     found = {file.parent for file in root.glob("artifacts/*/manifest.json")}
     found |= {*root.glob(OVERLAY_FILE), *root.glob("parity/*.json")}
-    found |= {root / DECISION / name for name in ("plan.json", OVERLAY_FILE) if (root / DECISION / name).is_file()}
+    earlier = [file for plan in _BEFORE for file in (root / plan, (root / plan).with_name(OVERLAY_FILE))]
+    found |= {file for file in earlier if file.is_file()} | {*root.glob(HEALING)}
     found |= {file.parent for name in ("result", "comparison") for file in root.glob(f"bench/*/{name}.json")}
     found |= {folder.parent for folder in root.glob("bench/all/blocks")}
     strangers = [path for path in sorted(found) if not any(want.is_relative_to(path) for want in wanted)]
@@ -214,6 +222,7 @@ def remove_strangers(root: Path, outputs: Iterable[str]) -> list[str]:
             shutil.rmtree(path)
         else:
             path.unlink()
-    if (root / DECISION).is_dir() and not any((root / DECISION).iterdir()):
-        (root / DECISION).rmdir()
+    for folder in ((root / plan).parent for plan in _BEFORE):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
     return [path.relative_to(root).as_posix() for path in strangers]

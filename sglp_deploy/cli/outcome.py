@@ -14,7 +14,7 @@ from sglp_deploy.cli.exits import Exit
 from sglp_deploy.cli.show import repair_summary
 from sglp_deploy.parity.certificate import ParityReport
 from sglp_deploy.plan import PruningPlan
-from sglp_deploy.tasks.base import QUALITY_VERSIONS
+from sglp_deploy.tasks.base import QUALITY_VERSIONS, judged_models
 
 # The metrics of a comparison that a reader is told of.
 PREFILL, DECODE = "prefill_latency_s", "decode_latency_s_per_token"
@@ -54,8 +54,12 @@ def outcome_of(root: Path, plan: PruningPlan, failures: Mapping[str, str]) -> Ou
         rows.append((what, f"FAILED: {why}"))
         exit_code = exit_code or Exit.ERROR
     perplexity = f"{quality['dense']['perplexity']:.2f} -> {quality['pruned']['perplexity']:.2f}"
-    if "unrepaired" in quality:
-        perplexity += f" (before repair {quality['unrepaired']['perplexity']:.2f})"
+    between = [
+        f"{words.removeprefix('pruned, ')} {quality[name]['perplexity']:.2f}"
+        for name, words in judged_models(quality).items()
+        if name in ("unrepaired", "repaired")
+    ]
+    perplexity += f" ({', '.join(between)})" if between else ""
     rows.append(("perplexity", perplexity))
     page = root / "report" / "report.html"
     rows.append(("checkpoint", str(root / "checkpoint")))

@@ -27,6 +27,7 @@ from sglp_deploy.cli.config import Export, RunConfig
 from sglp_deploy.cli.console import Console
 from sglp_deploy.cli.engine import Engine
 from sglp_deploy.cli.outcome import Outcome, outcome_of
+from sglp_deploy.cli.settings import NO_REPAIR
 from sglp_deploy.cli.stages.decide import Deciding
 from sglp_deploy.errors import (
     ArtifactError,
@@ -90,7 +91,9 @@ class Pipeline:
             prepare=self._check_formats,
             note=console.note,
             # A plan counts by its decision, because its file also holds wall times.
-            counted_as=dict.fromkeys(("plan.json", ledger.DECIDED), lambda file: PruningPlan.load(file).digest()),
+            counted_as=dict.fromkeys(
+                ("plan.json", ledger.DECIDED, ledger.REPAIRED), lambda file: PruningPlan.load(file).digest()
+            ),
         )
 
     def run(self) -> Outcome:
@@ -209,7 +212,10 @@ class Pipeline:
         return {"packages": self._packages_of(name), **found}
 
     def _judge(self, plan: PruningPlan) -> None:
-        quality = session.judged(self._loaded(), self._config, plan)
+        before = self._root / ledger.REPAIRED
+        both = self._config.heals and self._config.repair != NO_REPAIR
+        repaired = PruningPlan.load(before) if both else None
+        quality = session.judged(self._loaded(), self._config, plan, repaired)
         _io.write_json(self._root / "quality.json", quality)
 
     def _bench_stage(self, plan: PruningPlan, made: Mapping[str, str]) -> str:

@@ -23,7 +23,7 @@ from sglp_deploy.cli.settings import DTYPES
 from sglp_deploy.errors import CalibrationError, ConfigError, StorageError, UnsupportedModelError
 from sglp_deploy.evidence.text import BUILTIN, CalibrationSet
 from sglp_deploy.healing.parts import GENERAL, WRITTEN, default_parts
-from sglp_deploy.overlay import OVERLAY_FILE
+from sglp_deploy.overlay import HEAL, OVERLAY_FILE
 from sglp_deploy.plan import PruningPlan
 from sglp_deploy.tasks.asked import read_tasks
 
@@ -72,19 +72,23 @@ def check_texts(config: RunConfig) -> None:
     for given, make in ((config.calibration, calibration_set), (config.text, evaluation_set)):
         if not (given or "").startswith("hf:"):
             make(config)
+    _named_texts([text for text in config.heal_text if not text.startswith("hf:")])
     read_tasks(config.tasks, limit=config.tasks_limit)
 
 
-def judged(made: Compressor, config: RunConfig, plan: PruningPlan) -> dict[str, Any]:
-    """Quality as a run asks for it: perplexity, tasks and a sample."""
+def judged(
+    made: Compressor, config: RunConfig, plan: PruningPlan, repaired: PruningPlan | None = None
+) -> dict[str, Any]:
+    """Quality as a run asks for it: perplexity, tasks and a sample; ``repaired`` is the plan before healing."""
     tasks = read_tasks(config.tasks, limit=config.tasks_limit)
-    return made.evaluate(plan, evaluation_set(config), tasks=tasks, sample_tokens=config.sample_tokens)
+    text = evaluation_set(config)
+    return made.evaluate(plan, text, repaired=repaired, tasks=tasks, sample_tokens=config.sample_tokens)
 
 
 def compressor(config: RunConfig, console: Console) -> Compressor:
     """A Compressor for planning: the calibration text is read before the model, because it fails faster."""
     _set_threads(config.threads)
-    settle_connection(console, config.model, config.calibration, config.text)
+    settle_connection(console, config.model, config.calibration, config.text, *config.heal_text)
     calibration = calibration_set(config)
     return _load(
         console,
@@ -166,6 +170,25 @@ def repaired_plan(made: Compressor, config: RunConfig, plan: PruningPlan, consol
     return found
 
 
+def healed_plan(made: Compressor, config: RunConfig, plan: PruningPlan, console: Console, folder: Path) -> PruningPlan:
+    """The plan with the healing a run asks for; as it was, with the reason and a warning, where it does not help.
+
+    Raises:
+        SGLPError: If it cannot be done.  Other than a repair it is done only where somebody asks for it, so a run does
+            not go on without it.
+    """
+    parts = _named_texts(config.heal_text) if config.heal_text else None
+    found = made.heal(plan, corpus=parts, options=config.healing(), folder=folder)
+    for refused in (found.compensation or {}).get("refused", ()):
+        if refused["repair"] == HEAL:
+            console.warn(f"the plan is not healed; {refused['why']}; the run goes on")
+    return found
+
+
+def _named_texts(texts: Sequence[str]) -> list[CalibrationSet | str]:
+    return [text if text in (BUILTIN, GENERAL, WRITTEN) else CalibrationSet.parse(text) for text in texts]
+
+
 def heal_corpus(texts: Sequence[str], plan: PruningPlan, console: Console) -> list[CalibrationSet | str] | None:
     """The texts a user names for healing, or those of the default mix; None where that is the Compressor's own.
 
@@ -174,7 +197,7 @@ def heal_corpus(texts: Sequence[str], plan: PruningPlan, console: Console) -> li
         CalibrationError: If it holds no text.
     """
     if texts:
-        return [text if text in (BUILTIN, GENERAL, WRITTEN) else CalibrationSet.parse(text) for text in texts]
+        return _named_texts(texts)
     source = str((plan.calibration or {}).get("source") or BUILTIN)
     if source.startswith(BUILTIN):
         return None

@@ -13,7 +13,7 @@ from sglp_deploy import plan
 from sglp_deploy.cli.console import table
 from sglp_deploy.errors import ArtifactError
 from sglp_deploy.overlay import HEAL, repairs_of
-from sglp_deploy.tasks.base import QUALITY_VERSIONS
+from sglp_deploy.tasks.base import QUALITY_VERSIONS, judged_models
 
 _MIB = 1 << 20
 _CELL = 60  # characters of a configuration value in a table
@@ -238,12 +238,9 @@ def _bytes(amount: Any) -> str:
 
 def _quality(value: Json) -> str:
     low, high = value["ratio_interval"]
-    names = {"dense": "dense", "pruned": "pruned"}
-    if "unrepaired" in value:
-        names = {"dense": "dense", "unrepaired": "pruned, before repair", "pruned": "pruned, repaired"}
     rows = [
         (words, f"{value[name]['perplexity']:.3f}", f"{value[name]['nats_per_token']:.4f}")
-        for name, words in names.items()
+        for name, words in judged_models(value).items()
     ]
     protocol = value["protocol"]
     return (

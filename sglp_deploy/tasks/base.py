@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
@@ -18,7 +18,24 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 # Of quality.json, that can be read; what writes it says what changed.
-QUALITY_VERSIONS: Final = (1, 2)
+QUALITY_VERSIONS: Final = (1, 2, 3)
+
+
+def judged_models(quality: Mapping[str, Any]) -> dict[str, str]:
+    """The models that a ``quality.json`` has figures of, by key, with the words for each; in the order they are made.
+
+    Which steps changed weights is known since quality/3; before, it was a repair.
+    """
+    steps = quality.get("repairs") or (["repair"] if "unrepaired" in quality else [])
+    first = "healing" if steps == ["heal"] else "repair"
+    last = "healed" if "heal" in steps else "repaired"
+    words = {
+        "dense": "dense",
+        "unrepaired": f"pruned, before {first}",
+        "repaired": "pruned, repaired",
+        "pruned": f"pruned, {last}" if "unrepaired" in quality or "repaired" in quality else "pruned",
+    }
+    return {name: said for name, said in words.items() if quality.get(name)}
 
 
 class Task(Protocol):
@@ -77,9 +94,19 @@ class Task(Protocol):
         ...
 
     def compare(
-        self, dense: Any, pruned: Any, batches: TokenBatches, source: str, *, unrepaired: Any = None
+        self,
+        dense: Any,
+        pruned: Any,
+        batches: TokenBatches,
+        source: str,
+        *,
+        unrepaired: Any = None,
+        repaired: Any = None,
     ) -> dict[str, Any]:
-        """What pruning cost, as ``quality.json`` holds it; ``unrepaired`` is the pruned model before its repair."""
+        """What pruning cost, as ``quality.json`` holds it.
+
+        ``unrepaired`` is the pruned model before repair and healing, ``repaired`` between the two.
+        """
         ...
 
     def prompts(self, data: CalibrationSet, loaded: LoadedModel) -> NDArray[np.int64]:

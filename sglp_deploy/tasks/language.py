@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
 
-SCHEMA = "quality/2"  # history: 1 = first; 2 = unrepaired
+SCHEMA = "quality/3"  # history: 1 = first; 2 = unrepaired; 3 = repaired (before healing), repairs
 _RESAMPLES = 2_000
 _MOST_NATS = 700.0  # exp of more is not a float64
 
@@ -130,9 +130,10 @@ class LanguageTask:
         source: str,
         *,
         unrepaired: Perplexity | None = None,
+        repaired: Perplexity | None = None,
     ) -> dict[str, Any]:
         """See :func:`quality_report`."""
-        return quality_report(dense, pruned, batches, source, unrepaired=unrepaired)
+        return quality_report(dense, pruned, batches, source, unrepaired=unrepaired, repaired=repaired)
 
     def prompts(self, data: CalibrationSet, loaded: LoadedModel) -> NDArray[np.int64]:
         """The tokens of ``data`` in a row, padding left out."""
@@ -198,6 +199,7 @@ def quality_report(
     *,
     seed: int = 0,
     unrepaired: Perplexity | None = None,
+    repaired: Perplexity | None = None,
 ) -> dict[str, Any]:
     """Both perplexities, their ratio with a 95 % interval, and the protocol that makes the figures mean something.
 
@@ -210,12 +212,17 @@ def quality_report(
         batches: The rows.
         source: Where the text came from.
         seed: Of the resampling.
-        unrepaired: Of the pruned model before its repair; None where nothing was repaired.
+        unrepaired: Of the pruned model before repair and healing; None where there was neither.
+        repaired: Of the pruned model after repair and before healing; None where there were not both.
 
     Raises:
         CalibrationError: If they were not taken on the same rows.
     """
-    before = {} if unrepaired is None else {"unrepaired": unrepaired.to_json() | _ratio(dense, unrepaired, seed)}
+    before = {
+        name: found.to_json() | _ratio(dense, found, seed)
+        for name, found in (("unrepaired", unrepaired), ("repaired", repaired))
+        if found is not None
+    }
     return {
         "schema": SCHEMA,
         "protocol": {
@@ -250,9 +257,13 @@ def _ratio(dense: Perplexity, pruned: Perplexity, seed: int) -> dict[str, Any]:
 
 def summary(report: Mapping[str, Any]) -> str:
     """One line for people."""
-    before = report.get("unrepaired")
-    repaired = f", {before['perplexity']:.2f} (x{before['ratio']:.2f}) before repair," if before else ""
+    between = {"unrepaired": "before repair", "repaired": "repaired"}
+    steps = "".join(
+        f", {report[name]['perplexity']:.2f} (x{report[name]['ratio']:.2f}) {words},"
+        for name, words in between.items()
+        if report.get(name)
+    )
     return (
         f"perplexity {report['dense']['perplexity']:.2f} -> {report['pruned']['perplexity']:.2f} "
-        f"(x{report['ratio']:.2f}){repaired} on {report['protocol']['n_tokens']} tokens of {report['protocol']['text']}"
+        f"(x{report['ratio']:.2f}){steps} on {report['protocol']['n_tokens']} tokens of {report['protocol']['text']}"
     )

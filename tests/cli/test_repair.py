@@ -288,7 +288,7 @@ def test_quality_has_the_model_before_its_repair_and_every_output_shows_the_thre
     run: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quality = json.loads((run / "quality.json").read_text())
-    assert quality["schema"] == "quality/2"
+    assert quality["schema"] == "quality/3"
     text = CalibrationSet.builtin_held_out(max_tokens=256, sequence_length=32)
     expected = Compressor.from_pretrained(model).evaluate(PruningPlan.load(run / "decision" / "plan.json"), text)
     before = quality["unrepaired"]

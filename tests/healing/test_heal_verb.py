@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +13,7 @@ import pytest
 
 import cli_runs
 import tiny
+from cli_runs import killed_and_resumed
 from sglp_deploy.cli import flags, session
 from sglp_deploy.cli.console import Console
 from sglp_deploy.cli.main import main
@@ -153,36 +149,6 @@ def test_the_text_a_plan_was_made_from_is_part_of_the_default_mix(tmp_path: Path
 
 # ----------------------------------------------------------------------------------------------------------- killed
 
-_ALWAYS = (
-    "import sys\n"
-    "from sglp_deploy.healing.state import Keeper\n"
-    "Keeper.due = property(lambda keeper: keeper._file is not None)\n"
-    "from sglp_deploy.cli.main import main\n"
-    "sys.exit(main(sys.argv[1:]))"
-)
-
-
-def killed_and_resumed(arguments: list[str], work: Path, after_s: list[float]) -> int:
-    """Run until it ends, killed after each of these seconds from the first state on; returns how often it was."""
-    kills = 0
-    for delay in [*after_s, None]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _ALWAYS, *arguments], env=cli_runs.environment(), stdout=subprocess.DEVNULL
-        )
-        if delay is None:
-            assert process.wait(300) == 0
-            return kills
-        waited = time.monotonic() + 120
-        while process.poll() is None and not any(work.glob("*.safetensors")) and time.monotonic() < waited:
-            time.sleep(0.01)
-        time.sleep(delay)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        if process.wait(60) == 0:
-            return kills
-    raise AssertionError("it never ended")
-
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_points_it_resumes_to_the_same_bytes(
@@ -194,7 +160,7 @@ def test_killed_at_random_points_it_resumes_to_the_same_bytes(
     assert main([*arguments, str(whole)]) == 0
     rng = random.Random(kills)
     delays = [rng.uniform(0, 0.4) for _ in range(kills)]
-    assert killed_and_resumed([*arguments, str(broken)], broken / "healing", delays) >= min(kills, 2) // 2
+    assert killed_and_resumed([*arguments, str(broken)], broken, delays) >= min(kills, 2) // 2
     assert (broken / OVERLAY_FILE).read_bytes() == (whole / OVERLAY_FILE).read_bytes()
     one, other = (PruningPlan.load(folder / "plan.json") for folder in (whole, broken))
     assert one.digest() == other.digest()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -93,3 +95,41 @@ def command(arguments: Sequence[str], *paths: Path, **changes: str) -> subproces
         timeout=300,
         check=False,
     )
+
+
+# The state of a training is written after every step.
+_ALWAYS = (
+    "import sys\n"
+    "from sglp_deploy.healing.state import Keeper\n"
+    "Keeper.due = property(lambda keeper: keeper._file is not None)\n"
+    "from sglp_deploy.cli.main import main\n"
+    "sys.exit(main(sys.argv[1:]))"
+)
+
+
+def killed_and_resumed(arguments: Sequence[str], folder: Path, after_s: Sequence[float]) -> int:
+    """Run the command until it ends, with kill -9 after each of these seconds; returns how often it was killed.
+
+    Args:
+        arguments: Of the command line.
+        folder: Where it writes; the seconds count from the first thing in there.
+        after_s: When.
+    """
+    kills = 0
+    for delay in [*after_s, None]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _ALWAYS, *arguments], env=environment(), stdout=subprocess.DEVNULL
+        )
+        if delay is None:
+            assert process.wait(300) == 0
+            return kills
+        waited = time.monotonic() + 120
+        while process.poll() is None and not folder.exists() and time.monotonic() < waited:
+            time.sleep(0.01)
+        time.sleep(delay)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        if process.wait(60) == 0:
+            return kills
+    raise AssertionError("it never ended")

@@ -130,7 +130,7 @@ def test_the_report_states_ratio_interval_and_protocol(llama: PreTrainedModel) -
         "n_tokens": batches.n_tokens - batches.n_samples,
         "note": "chunks are independent; the first token of each is not predicted",
     }
-    assert report["schema"] == "quality/2"
+    assert report["schema"] == "quality/3"
     assert "unrepaired" not in report
     assert report["dense"]["nats_by_row"] == dense.nats.tolist()
     assert sum(report["pruned"]["predictions_by_row"]) == report["protocol"]["n_tokens"]

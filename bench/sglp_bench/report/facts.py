@@ -14,6 +14,7 @@ from typing import Any
 from sglp_bench.judge.certificates import unverified_note
 from sglp_bench.metrics.registry import METRICS
 from sglp_bench.report import wording as fmt
+from sglp_deploy.tasks.base import judged_models
 
 Json = dict[str, Any]
 
@@ -251,9 +252,9 @@ def parameters(report: Mapping[str, Any]) -> tuple[float | None, float | None]:
 
 
 def perplexities(report: Mapping[str, Any]) -> dict[str, float]:
-    """Perplexity of those of "dense", "unrepaired" and "pruned" that were evaluated, in this order."""
+    """Perplexity of those of "dense", "unrepaired", "repaired" and "pruned" that were evaluated, in this order."""
     quality = section(report, "quality")
-    found = {arm: fmt.number(section(quality, arm).get("perplexity")) for arm in ("dense", "unrepaired", "pruned")}
+    found = {arm: fmt.number(section(quality, arm).get("perplexity")) for arm in judged_models(quality)}
     return {arm: value for arm, value in found.items() if value}
 
 
@@ -292,8 +293,10 @@ def cards(report: Mapping[str, Any]) -> list[Json]:
     _memory_card(add, main, "Weights", ("weight_bytes",))
     found = perplexities(report)
     if (before := found.get("dense")) and (after := found.get("pruned")):
-        repaired = f"; {fmt.significant(found['unrepaired'])} before repair" if "unrepaired" in found else ""
-        detail = f"{fmt.significant(after / before)}× the dense model's{repaired}; lower is better"
+        models = judged_models(section(report, "quality"))
+        between = [arm for arm in ("unrepaired", "repaired") if arm in found]
+        steps = "".join(f"; {fmt.significant(found[arm])} {models[arm].removeprefix('pruned, ')}" for arm in between)
+        detail = f"{fmt.significant(after / before)}× the dense model's{steps}; lower is better"
         value = f"{fmt.significant(before)} → {fmt.significant(after)}"
         add("perplexity", "Perplexity", value, detail, "bad" if is_dear(report) else "plain")
     else:

@@ -12,6 +12,7 @@ from sglp_bench.report import wording as fmt
 from sglp_bench.report.charts import speed_pictures
 from sglp_bench.report.facts import Json, perplexities, section
 from sglp_bench.report.shown import HALF, Badge, Picture, Table, code, digits, picture
+from sglp_deploy.tasks.base import judged_models
 
 
 def speed_values(report: Mapping[str, Any]) -> list[Json]:
@@ -163,7 +164,7 @@ def _memory(item: Json, key: str) -> Json:
 
 
 # The role of each model in the pictures.
-_ROLES = {"dense": "baseline", "unrepaired": "control", "pruned": "candidate"}
+_ROLES = {"dense": "baseline", "unrepaired": "control", "repaired": "control", "pruned": "candidate"}
 
 
 def quality_values(report: Mapping[str, Any]) -> Json | None:
@@ -171,15 +172,17 @@ def quality_values(report: Mapping[str, Any]) -> Json | None:
     quality, found = section(report, "quality"), perplexities(report)
     if not found:
         return None
-    names = {"pruned": "repaired"} if "unrepaired" in found else {}
-    arms = [(names.get(name, name), section(quality, name)) for name in ("dense", "unrepaired", "pruned")]
+    models = judged_models(quality)
+    # Beside a bar there is little room.
+    names = {name: words.removeprefix("pruned, ") for name, words in models.items()} | {"unrepaired": "unrepaired"}
+    arms = [(names[name], section(quality, name)) for name in models]
     ratio, span = fmt.number(quality.get("ratio")), quality.get("ratio_interval")
     bars = [
         {
             "label": "Perplexity",
             "sub": "lower is better",
             "note": "" if ratio is None else f"{fmt.significant(ratio)}×",
-            "bars": [(_ROLES[name], names.get(name, name), value) for name, value in found.items()],
+            "bars": [(_ROLES[name], names[name], value) for name, value in found.items()],
         }
     ]
     facts: list[tuple[str, Any]] = [
@@ -196,14 +199,19 @@ def quality_values(report: Mapping[str, Any]) -> Json | None:
             lambda width, key: speed_pictures.paired_bars(bars, width, key=key, title="Perplexity", kind="number"),
             "quality-bars",
         ),
-        "arms": _arms_table(quality, found) if "unrepaired" in found else None,
+        "arms": _arms_table(quality, found) if len(models) > 2 else None,
+        "heading": "Before repair, repaired, healed" if "repaired" in found else f"Before and after {_step(models)}",
         "facts": facts,
     }
 
 
+def _step(models: Mapping[str, str]) -> str:
+    return "healing" if models.get("pruned", "").endswith("healed") else "the repair"
+
+
 def _arms_table(quality: Json, found: Mapping[str, float]) -> Table:
     rows = []
-    for name, label in (("dense", "dense"), ("unrepaired", "pruned, before repair"), ("pruned", "pruned, repaired")):
+    for name, label in judged_models(quality).items():
         judged = quality if name == "pruned" else section(quality, name)
         rows.append([label, digits(found.get(name)), digits(judged.get("ratio")), _span(judged.get("ratio_interval"))])
     return Table(["model", "perplexity", "times dense", "95 % interval"], rows, numeric=[1, 2, 3])

@@ -15,7 +15,7 @@ from sglp_bench.report import wording as fmt
 from sglp_bench.report.charts import plan_pictures
 from sglp_bench.report.facts import Json, is_dear, numbers_only, perplexities, section
 from sglp_bench.report.shown import HALF, Badge, Table, code, digits, picture
-from sglp_deploy.overlay import repairs_of
+from sglp_deploy.overlay import HEAL, repairs_of
 
 
 def subtitle(report: Mapping[str, Any]) -> str:
@@ -41,13 +41,21 @@ def price_values(report: Mapping[str, Any]) -> Json | None:
     times = f"{fmt.significant(found['pruned'] / found['dense'])} times the dense model's"
     said = f"{cause} takes perplexity on held-out text from {dense} to"
     refused = section(plan, "compensation").get("refused") or []
-    if "unrepaired" in found:
-        names = fmt.words(list(dict.fromkeys(str(record["repair"]) for record in repairs_of(section(plan, "overlay")))))
-        by = f" ({names})" if names else ""
-        sentences = [f"{said} {fmt.significant(found['unrepaired'])} before repair and {pruned} after it{by}, {times}."]
+    made_by = list(dict.fromkeys(str(record["repair"]) for record in repairs_of(section(plan, "overlay"))))
+    repairs, raw = [name for name in made_by if name != HEAL], found.get("unrepaired")
+    by = f" ({fmt.words(repairs)})" if repairs else ""
+    if raw and "repaired" in found:
+        repaired = fmt.significant(found["repaired"])
+        said += f" {fmt.significant(raw)} before repair, {repaired} after it{by} and {pruned} after healing, {times}."
+    elif raw:
+        step = "healing" if made_by == [HEAL] else "repair"
+        said += f" {fmt.significant(raw)} before {step} and {pruned} after it{by}, {times}."
     else:
-        sentences = [f"{said} {pruned}, {times}."]
-    sentences += [f"The repair {item.get('repair')} was not used: {item.get('why')}." for item in refused]
+        said += f" {pruned}, {times}."
+    sentences = [said]
+    for item in refused:
+        step = "Healing" if item.get("repair") == HEAL else f"The repair {item.get('repair')}"
+        sentences.append(f"{step} was not used: {item.get('why')}.")
     return {"sentences": sentences, "dear": is_dear(report)}
 
 

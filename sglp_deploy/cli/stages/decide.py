@@ -1,12 +1,13 @@
-"""The stages that write ``plan.json``: the plan, and what changes weights to make up for the removed layers."""
+"""The stages that lead to ``plan.json``: the plan, and what changes weights to make up for the removed layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from sglp_deploy.artifact import producer_versions
 from sglp_deploy.cli import ledger, session
 from sglp_deploy.cli.config import RunConfig
 from sglp_deploy.cli.console import Console
@@ -28,11 +29,12 @@ _PLAN: Final = (
 _REPAIR: Final = (
     *_WEIGHTS, "repair", "repair_tokens", "repair_options", "calibration", "sequence_length", "batch_size", "seed",
 )  # fmt: skip
+_HEAL: Final = (*_WEIGHTS, "heal_text", "calibration")  # without a text of its own it takes the plan's
 
 
 @dataclass(frozen=True)
 class Deciding:
-    """Plan, and repair what was planned.
+    """Plan, repair what was planned, heal what was repaired; the last of them that is asked for writes ``plan.json``.
 
     Attributes:
         config: What to do.
@@ -50,13 +52,21 @@ class Deciding:
 
     def run(self, model: str) -> str:
         """The product of the stage that wrote ``plan.json``; ``model`` is the digest of the model's files."""
-        repairing = self.config.repair != NO_REPAIR
-        file = ledger.DECIDED if repairing else "plan.json"
+        repairing, healing = self.config.repair != NO_REPAIR, self.config.heals
+        file = ledger.DECIDED if repairing or healing else "plan.json"
         settings = self.settings(_PLAN) | {"planner": ledger.provider(PLANNER_GROUP, self.config.method)}
-        planned = self.engine.stage("plan", settings, [model], [file], lambda: self._make_plan(file))
-        if not repairing:
-            return planned
-        return self.engine.stage("repair", self.settings(_REPAIR), [planned, model], ["plan.json"], self._make_repair)
+        made = self.engine.stage("plan", settings, [model], [file], lambda: self._make_plan(file))
+        if repairing:
+            out = ledger.REPAIRED if healing else "plan.json"
+            settings = self.settings(_REPAIR)
+            made = self.engine.stage("repair", settings, [made, model], [out], lambda: self._make_repair(out))
+        if healing:
+            before = ledger.REPAIRED if repairing else ledger.DECIDED
+            settings = self.settings(_HEAL) | {"healing": asdict(self.config.healing())}
+            # The first brings a text of the mix, the second is how LoRA is done.
+            settings |= {"packages": producer_versions("gensim", "peft")}
+            made = self.engine.stage("heal", settings, [made, model], ["plan.json"], lambda: self._make_healed(before))
+        return made
 
     @property
     def _root(self) -> Path:
@@ -67,12 +77,20 @@ class Deciding:
         self.console.note(f"plan: remove layers {', '.join(map(str, plan.drop)) or 'none'}")
         return self._save(plan, file)
 
-    def _make_repair(self) -> list[str]:
+    def _make_repair(self, out: str) -> list[str]:
         plan = PruningPlan.load(self._root / ledger.DECIDED)
         if plan.drop:
             plan = session.repaired_plan(self.loaded(), self.config, plan, self.console)
         else:
             self.console.note("repair: the plan removes no layer, so there is nothing to repair")
+        return self._save(plan, out)
+
+    def _make_healed(self, before: str) -> list[str]:
+        plan = PruningPlan.load(self._root / before)
+        if plan.drop:
+            plan = session.healed_plan(self.loaded(), self.config, plan, self.console, self._root / ledger.HEALING)
+        else:
+            self.console.note("heal: the plan removes no layer, so there is nothing to heal")
         return self._save(plan, "plan.json")
 
     def _save(self, plan: PruningPlan, file: str) -> list[str]:

@@ -41,7 +41,9 @@ def words_of(page: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text)).replace("&#39;", "'")
 
 
-REFIT = {"overlay": {"digest": "d", "n_tensors": 1, "bytes": 4, "made_by": [{"repair": "refit", "loss_after": 3.5}]}}
+REFIT: dict[str, Any] = {
+    "overlay": {"digest": "d", "n_tensors": 1, "bytes": 4, "made_by": [{"repair": "refit", "loss_after": 3.5}]}
+}
 
 
 def test_the_first_sentence_says_what_was_paid_before_and_after_the_repair() -> None:
@@ -87,6 +89,46 @@ def test_the_section_shows_the_three_models_side_by_side() -> None:
     assert "pruned, before repair 84.0 4.20 4.10 to 4.30" in text
     assert "pruned, repaired 30.0 1.50 1.35 to 1.65" in text
     assert "dense 20.0, unrepaired 84.0, repaired 30.0" in section  # the picture's description
+
+
+HEALED = {"overlay": {**REFIT["overlay"], "made_by": [{"repair": "refit"}, {"repair": "heal"}]}}
+
+
+def healed_quality(repaired: float | None) -> dict[str, Any]:
+    """quality/3 of a pruned model that was healed to 22."""
+    found = quality(22.0, 84.0) | {"schema": "quality/3", "repairs": ["refit", "heal"] if repaired else ["heal"]}
+    if repaired is not None:
+        ratio = {"ratio": repaired / 20, "ratio_interval": [1.4, 1.6]}
+        found["repaired"] = {"perplexity": repaired, "nats_per_token": 3.4, **ratio}
+    return found
+
+
+def test_healing_has_a_figure_of_its_own_beside_the_repair_s() -> None:
+    value = report(healed_quality(30.0), **HEALED)
+    page = render_html(value)
+    assert (
+        "from 20.0 to 84.0 before repair, 30.0 after it (refit) and 22.0 after healing, 1.10 times the dense model's."
+    ) in words_of(page)
+    section = page[page.index('<section id="quality">') : page.index('<section id="provenance">')]
+    text = words_of(section)
+    assert "Before repair, repaired, healed" in text
+    assert "pruned, before repair 84.0 4.20 4.10 to 4.30" in text
+    assert "pruned, repaired 30.0 1.50 1.40 to 1.60" in text
+    assert "pruned, healed 22.0 1.10 0.990 to 1.21" in text
+    assert "dense 20.0, unrepaired 84.0, repaired 30.0, healed 22.0" in section  # the picture's description
+    card = next(card for card in value["cards"] if card["key"] == "perplexity")
+    assert card["detail"] == "1.10× the dense model's; 84.0 before repair; 30.0 repaired; lower is better"
+
+
+def test_healing_alone_is_not_called_a_repair_and_a_refused_one_is_said() -> None:
+    only = {"overlay": {**REFIT["overlay"], "made_by": [{"repair": "heal"}]}}
+    page = words_of(render_html(report(healed_quality(None), **only)))
+    assert "from 20.0 to 84.0 before healing and 22.0 after it, 1.10 times the dense model's." in page
+    assert "Before and after healing" in page
+    assert "pruned, before healing 84.0" in page
+    refused = {"compensation": {"refused": [{"repair": "heal", "why": "the loss does not become lower"}]}}
+    text = words_of(render_html(report(quality(30.0), **refused)))
+    assert "Healing was not used: the loss does not become lower." in text
 
 
 def test_quality_of_before_there_were_repairs_is_still_read(tmp_path: Path) -> None:
