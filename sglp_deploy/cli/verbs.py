@@ -13,7 +13,7 @@ from sglp_deploy.cli.config import RunConfig
 from sglp_deploy.cli.console import Console, table
 from sglp_deploy.cli.exits import Exit
 from sglp_deploy.cli.settings import BUDGET
-from sglp_deploy.errors import ArtifactError, StorageError
+from sglp_deploy.errors import ArtifactError, ConfigError, StorageError
 
 if TYPE_CHECKING:
     from sglp_deploy.artifact import ExportArtifact
@@ -66,9 +66,12 @@ def run_heal(arguments: argparse.Namespace, console: Console) -> int:
     """``heal``: train the kept layers towards the unpruned model, where that helps."""
     from sglp_deploy.cli import session
     from sglp_deploy.cli.show import repair_lines
+    from sglp_deploy.healing.launch import own_device, started_together
     from sglp_deploy.healing.options import read_heal_options
 
-    folder = Path(arguments.output)
+    folder, rank = Path(arguments.output), started_together()[0]
+    arguments.device = own_device(arguments.device or "cpu")
+    console.quiet = console.quiet or rank > 0  # of several processes one speaks and writes
     session.check_repaired_place(folder, arguments.plan)
     plan = session.read_plan(arguments.plan, arguments.overlay)
     given = {key: getattr(arguments, key) for key in ("sequence_length", "batch_size", "seed")}
@@ -78,6 +81,8 @@ def run_heal(arguments: argparse.Namespace, console: Console) -> int:
     corpus = session.heal_corpus(arguments.heal_text or (), plan, console)
     compressor = session.plain_compressor(arguments, console)
     plan = compressor.heal(plan, corpus=corpus, options=options, folder=folder / "healing")
+    if rank > 0:
+        return Exit.DONE
     written = session.save_repaired(plan, folder)
     value = plan.to_json()
     lines = [*repair_lines(value), f"written to {' and '.join(map(str, written))}"]
@@ -237,7 +242,13 @@ def run_report(arguments: argparse.Namespace, console: Console) -> int:
 def run_run(arguments: argparse.Namespace, console: Console) -> int:
     """``run``: every stage, skipping those whose inputs have not changed."""
     from sglp_deploy.cli.pipeline import Pipeline
+    from sglp_deploy.healing.launch import started_together
 
+    if (size := started_together()[1]) > 1:
+        raise ConfigError(
+            f"run was started as {size} processes; they would write into one folder; start heal with torchrun, and run "
+            "without it"
+        )
     config = _config(arguments)
     outcome = Pipeline(config, console, arguments.command).run()
     console.result(outcome.text, outcome.value)

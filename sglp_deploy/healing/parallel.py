@@ -6,7 +6,6 @@ with the same rows, to rounding.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
-from sglp_deploy.errors import ConfigError
+from sglp_deploy.healing.launch import started_together
 
 _PATIENCE = timedelta(minutes=30)  # of a process that waits: another may be writing a large state
 _BUCKET = 1 << 25  # elements that are added up at once
@@ -78,17 +77,6 @@ def _add_up(tensors: Sequence[torch.Tensor]) -> None:
 def _place() -> torch.device:
     """Where a message between processes has to lie."""
     return torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")
-
-
-def started_together() -> tuple[int, int]:
-    """Rank and number of processes, as the launcher says; (0, 1) without one."""
-    try:
-        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    except ValueError as error:
-        raise ConfigError(
-            f"RANK and WORLD_SIZE are no numbers; {error}; start the processes with torchrun, or unset both"
-        ) from error
-    return rank, size
 
 
 @contextmanager
