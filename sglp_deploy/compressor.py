@@ -12,10 +12,10 @@ from sglp_deploy import registry
 from sglp_deploy.errors import CalibrationError
 from sglp_deploy.evidence.lazy import ModelEvidence
 from sglp_deploy.evidence.text import CalibrationSet
-from sglp_deploy.healing.corpus import mix_of
 from sglp_deploy.healing.healed import healed
 from sglp_deploy.healing.options import HealOptions, read_heal_options
-from sglp_deploy.healing.parts import default_parts
+from sglp_deploy.healing.texts.corpus import mix_of
+from sglp_deploy.healing.texts.parts import default_parts
 from sglp_deploy.models import LayerStack, LoadedModel, adapter_for, layer_stack, load_model, parameter_sizes, precision
 from sglp_deploy.models.patterns import check_layer_types, pattern_groups
 from sglp_deploy.overlay import repairs_of

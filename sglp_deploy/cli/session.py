@@ -22,7 +22,7 @@ from sglp_deploy.cli.console import Console
 from sglp_deploy.cli.settings import DTYPES
 from sglp_deploy.errors import CalibrationError, ConfigError, StorageError, UnsupportedModelError
 from sglp_deploy.evidence.text import BUILTIN, CalibrationSet
-from sglp_deploy.healing.parts import GENERAL, WRITTEN, default_parts
+from sglp_deploy.healing.texts.parts import GENERAL, WRITTEN, default_parts
 from sglp_deploy.overlay import HEAL, OVERLAY_FILE
 from sglp_deploy.plan import PruningPlan
 from sglp_deploy.tasks.asked import read_tasks

@@ -28,8 +28,8 @@ from sglp_deploy.overlay import HEAL, Overlay
 from sglp_deploy.tasks import require
 
 if TYPE_CHECKING:
-    from sglp_deploy.healing.corpus import Mix
     from sglp_deploy.healing.options import HealOptions
+    from sglp_deploy.healing.texts.corpus import Mix
     from sglp_deploy.models import LoadedModel
     from sglp_deploy.plan import PruningPlan
     from sglp_deploy.tasks.base import Task

@@ -57,8 +57,8 @@ class Keeper:
         """What an earlier process left, or None; what belongs to another training goes."""
         if self._folder is None or self._file is None or not self._folder.is_dir():
             return None
-        for other in self._folder.glob("*.safetensors"):
-            if other != self._file:
+        for other in self._folder.iterdir():
+            if not other.name.startswith(self._file.stem):
                 other.unlink()
         from safetensors import SafetensorError, safe_open
 
@@ -73,6 +73,10 @@ class Keeper:
             return None  # none, or damaged: training begins anew and ends at the same weights
         standing.evaluations = [(float(at), float(loss)) for at, loss in standing.evaluations]
         return standing, tensors
+
+    def beside(self, name: str) -> Path | None:
+        """A file for what only this training can use; None where nothing is kept."""
+        return None if self._file is None else self._file.with_suffix(f".{name}")
 
     @property
     def due(self) -> bool:

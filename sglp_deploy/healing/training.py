@@ -17,10 +17,11 @@ from sglp_deploy.errors import CalibrationError
 from sglp_deploy.healing.losses import Speaker, Weighting, distilled, nats
 from sglp_deploy.healing.parallel import Team
 from sglp_deploy.healing.state import Keeper, Standing
+from sglp_deploy.healing.teaching import Taught
 
 if TYPE_CHECKING:
-    from sglp_deploy.healing.corpus import Mix, Rows
     from sglp_deploy.healing.options import HealOptions
+    from sglp_deploy.healing.texts.corpus import Mix, Rows
 
 Progress = Callable[[str, int, int], None]
 
@@ -64,6 +65,9 @@ class Training:
         self._optimizer = torch.optim.AdamW(groups, lr=options.rate, betas=_BETAS, fused=True)
         self._how = Weighting(options.ce, options.temperature)
         self._rows = options.batch_size * options.accumulation * self.team.size
+        # Each process of a team has rows of its own, and no place of its own to keep them.
+        place = self.keeper.beside("taught") if self.team.size == 1 else None
+        self._taught = Taught(self.teacher, self.mix, options, place)
         self._standing = Standing()
         self._best: dict[str, torch.Tensor] = {}
 
@@ -94,6 +98,7 @@ class Training:
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(self._best.get(name, parameter))
+        self._taught.clear()
         return standing
 
     # ---------------------------------------------------------------------------------------------------- a step
@@ -120,8 +125,7 @@ class Training:
             batch = mine[start : start + options.batch_size]
             rows = np.stack([self.mix.shares[share].rows[row] for share, row in batch])
             ids = torch.from_numpy(rows).to(self.student.device)
-            with torch.no_grad():
-                taught = self.teacher.states(ids)
+            taught = self._taught.states(batch, ids)
             with torch.enable_grad():
                 loss = distilled(self.student, self.student.states(ids), self.teacher, taught, ids, self._how)
                 (loss / predictions).backward()  # type: ignore[no-untyped-call]  # torch types backward only partly

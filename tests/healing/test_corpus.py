@@ -14,10 +14,10 @@ import pytest
 import tiny
 from sglp_deploy.errors import CalibrationError
 from sglp_deploy.evidence.text import CalibrationSet
-from sglp_deploy.healing import corpus, general
-from sglp_deploy.healing.corpus import MOST_EPOCHS, Mix, Share, mix_of
 from sglp_deploy.healing.options import HealOptions
-from sglp_deploy.healing.parts import default_parts
+from sglp_deploy.healing.texts import corpus, general
+from sglp_deploy.healing.texts.corpus import MOST_EPOCHS, Mix, Share, mix_of
+from sglp_deploy.healing.texts.parts import default_parts
 
 OPTIONS = HealOptions(tokens=4096, sequence_length=16, held_out=256, written=128)
 

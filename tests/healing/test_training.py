@@ -14,10 +14,11 @@ import torch
 import tiny
 from sglp_deploy.errors import CalibrationError
 from sglp_deploy.healing import state
-from sglp_deploy.healing.corpus import Mix, Share
 from sglp_deploy.healing.losses import Speaker, Weighting, distilled
 from sglp_deploy.healing.options import HealOptions
 from sglp_deploy.healing.state import Keeper, Standing
+from sglp_deploy.healing.teaching import Taught
+from sglp_deploy.healing.texts.corpus import Mix, Share
 from sglp_deploy.healing.training import Training, held_out_loss
 from sglp_deploy.tasks import task
 
@@ -118,6 +119,37 @@ def test_the_best_state_is_kept_when_the_held_out_loss_rises_again(monkeypatch: 
 def unbroken() -> tuple[Training, Standing]:
     own = made()
     return own, own.run()
+
+
+def test_broken_off_while_rows_come_again_it_ends_at_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = HealOptions(tokens=24 * 3 * 20, batch_size=3, learning_rate=3e-3)  # two passes, in batches of odd size
+    whole = made(options, tmp_path / "whole")
+    whole.run()
+    real, count = Taught._keep, [0]
+
+    def keep(taught: Taught, *given: Any) -> None:
+        count[0] += 1
+        if count[0] == 6:
+            raise Broken
+        real(taught, *given)
+
+    monkeypatch.setattr(Taught, "_keep", keep)
+    for number in range(4):
+        monkeypatch.setattr(Keeper, "due", number % 2 == 0)  # so that some of what is kept is newer than the state
+        count[0] = 0
+        resumed = made(options, tmp_path / "broken")
+        try:
+            resumed.run()
+            break
+        except Broken:
+            continue
+    else:
+        monkeypatch.setattr(Taught, "_keep", real)
+        resumed = made(options, tmp_path / "broken")
+        resumed.run()
+    assert same(weights(whole), weights(resumed))
 
 
 @pytest.mark.parametrize("after", [1, 4, 6, 9])

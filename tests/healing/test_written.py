@@ -10,9 +10,9 @@ import torch
 
 import tiny
 from sglp_deploy.errors import CalibrationError
-from sglp_deploy.healing import written
 from sglp_deploy.healing.options import HealOptions
-from sglp_deploy.healing.written import cache_folder, write, written_text
+from sglp_deploy.healing.texts import written
+from sglp_deploy.healing.texts.written import cache_folder, write, written_text
 
 OPTIONS = HealOptions(tokens=1, written=256, precision="fp32")
 

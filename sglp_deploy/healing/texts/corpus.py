@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from sglp_deploy import _io
 from sglp_deploy.errors import CalibrationError
 from sglp_deploy.evidence.text import BUILTIN, CalibrationSet
-from sglp_deploy.healing.general import general_text
-from sglp_deploy.healing.parts import GENERAL, WRITTEN, Part
-from sglp_deploy.healing.written import written_text
+from sglp_deploy.healing.texts.general import general_text
+from sglp_deploy.healing.texts.parts import GENERAL, WRITTEN, Part
+from sglp_deploy.healing.texts.written import written_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable

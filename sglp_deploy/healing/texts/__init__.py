@@ -1,0 +1,1 @@
+"""Names of texts in, rows of a mix out, with some of each text kept back."""
