@@ -42,6 +42,12 @@
     [evaluate]
     text = "heldout.txt"
 
+    tasks = ["piqa.jsonl"]
+
+    [accept]                       # limits; the run ends with exit code 5 where one is missed
+    perplexity = "1.5x"
+    decode = "1.1x"
+
     [run]
     output = "runs/demo"
     seed = 0
@@ -62,6 +68,7 @@ from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from sglp_bench.judge.accept import check_limits
 from sglp_deploy._names import unknown_name
 from sglp_deploy.cli.settings import DEFAULTS, MOVED, NO_REPAIR, SETTINGS, TYPES, Settings, tables
 from sglp_deploy.errors import ConfigError
@@ -69,6 +76,7 @@ from sglp_deploy.healing.options import HealOptions, read_heal_options
 from sglp_deploy.planners.budget import Budget
 from sglp_deploy.planners.registry import read_options
 from sglp_deploy.repairs import registry as repairs
+from sglp_deploy.tasks.asked import name_of
 
 _TABLES: Final = tables()
 
@@ -132,8 +140,22 @@ class RunConfig(Settings):
         faults += self._repair_faults()
         faults += self._heal_faults()
         faults += self._value_faults()
+        faults += check_limits(self.limits)
+        asked = [name_of(request) for request in self.tasks]
+        faults += [
+            f"a limit is given for the task {name!r}, which is not asked; nothing would measure it; the tasks are "
+            f"{', '.join(asked) or 'none'}"
+            for name in self.accept_tasks
+            if name not in asked
+        ]
         if faults:
             raise ConfigError(faults)
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """The limits of [accept] that are given, by their keys there."""
+        given = {key: getattr(self, name) for key, name in _TABLES["accept"].items()}
+        return {key: value if isinstance(value, str) else dict(value) for key, value in given.items() if value}
 
     def exports(self) -> tuple[Export, ...]:
         """What ``to`` names, each once, in that order."""

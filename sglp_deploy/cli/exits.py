@@ -13,4 +13,5 @@ class Exit(IntEnum):
     USAGE = 2
     PARITY = 3
     INCOMPARABLE = 4
+    LIMIT = 5
     INTERRUPTED = 130

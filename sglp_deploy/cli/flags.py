@@ -176,9 +176,14 @@ def _run(parser: argparse.ArgumentParser) -> None:
     _model(parser, help="model, or a sglp.toml that names one")
     _planning(parser, option="options", read=_named_option)
     for name in SETTINGS:
-        if SETTINGS[name].table in ("repair", "export", "bench", "evaluate") and not name.endswith("options"):
+        table = SETTINGS[name].table
+        if table in ("repair", "export", "bench", "evaluate", "accept") and not TYPES[name].startswith("Mapping"):
             _set(parser, name)
     _healing(parser, "--heal-")
+    setting = SETTINGS["accept_tasks"]
+    parser.add_argument(
+        "--accept-tasks", action=_Options, type=_text_option, metavar=setting.metavar, help=setting.text
+    )
     _set(parser, "output", *_OUTPUT)
 
 
@@ -301,7 +306,7 @@ class _Options(argparse.Action):
         *owner, key, value = values
         name = _OWNERS.get(owner[0], self.dest) if owner else self.dest
         found: dict[str, Any] = dict(getattr(namespace, name) or {})
-        if name in _OWNERS.values():
+        if not owner or name in _OWNERS.values():
             found[key] = value
         else:
             found[owner[0]] = {**found.get(owner[0], {}), key: value}

@@ -35,7 +35,7 @@ VERBS = {
     "bench": "measure a certified artifact, paired against another one (exit 4 when not comparable)",
     "evaluate": "perplexity of a model on text, and its right answers in tasks; with a plan, the pruned one beside it",
     "report": "render a run folder as report.json and report.html",
-    "run": "plan, repair, heal, materialize, export, verify, evaluate, bench and report; resumable",
+    "run": "plan, repair, heal, materialize, export, verify, evaluate, bench, report; resumable (exit 5: a limit missed)",
     "show": "print any of our files as a table",
     "plugins": "list exporters and planners, with the reason when one cannot be used",
     "env": "make, list or remove the isolated environments some runtimes need",
@@ -47,7 +47,7 @@ Verb = Callable[[argparse.Namespace, "Console"], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0 well, 1 error, 3 parity, 4 not comparable, 130 interrupted).
+    """Run the command line; returns the exit code (:class:`sglp_deploy.cli.exits.Exit`).
 
     Raises:
         SystemExit: With 2 on a usage error, with 0 after ``--help`` and ``--version``.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglp_bench.judge.accept import missed
 from sglp_bench.judge.compare import Comparison
 from sglp_deploy import _io
 from sglp_deploy.cli.console import table
@@ -30,7 +31,7 @@ class Outcome:
 
 
 def outcome_of(root: Path, plan: PruningPlan, failures: Mapping[str, str]) -> Outcome:
-    """What the files of a run say, and its exit code: that of parity before that of a format that failed.
+    """What the files of a run say, and its exit code: parity's before that of a limit, and that before a format's.
 
     Args:
         root: The run folder, finished.
@@ -50,6 +51,12 @@ def outcome_of(root: Path, plan: PruningPlan, failures: Mapping[str, str]) -> Ou
         for metric, label in ((PREFILL, "prefill"), (DECODE, "decode")):
             rows.append((f"{file.parent.name} {label}", _speed(comparison, metric)))
     quality = _io.read_json(root / "quality.json", "quality", QUALITY_VERSIONS)
+    verdict = _io.read_json(root / "report" / "report.json", "report").get("accept")
+    if verdict:
+        sentences = missed(verdict)
+        rows += [("limit MISSED", sentence) for sentence in sentences]
+        rows += [] if sentences else [("limits", f"all {len(verdict['findings'])} are met")]
+        exit_code = exit_code or (Exit.LIMIT if sentences else Exit.DONE)
     for what, why in failures.items():
         rows.append((what, f"FAILED: {why}"))
         exit_code = exit_code or Exit.ERROR
@@ -70,6 +77,7 @@ def outcome_of(root: Path, plan: PruningPlan, failures: Mapping[str, str]) -> Ou
         "report": str(page),
         "rows": dict(rows),
         "failures": dict(failures),
+        "accept": verdict,
     }
     return Outcome(table(rows), value, exit_code)
 

@@ -121,7 +121,8 @@ class Pipeline:
             self._engine.forget_others("report")
             upstream = [planned, judged, measured, *made.values(), *verified]
             outputs = ["report/report.json", "report/report.html"]
-            self._engine.stage("report", {"layout": 3}, upstream, outputs, self._write_report)
+            settings = {"layout": 3, "accept": self._config.limits}
+            self._engine.stage("report", settings, upstream, outputs, self._write_report)
             self._engine.save()
             return outcome_of(self._root, plan, self._failures)
 
@@ -311,6 +312,7 @@ class Pipeline:
             "created": self._created,
             "command": self._command,
             "seed": self._config.seed,
+            "accept": self._config.limits,
             "versions": self._versions,
             "machine": self._environment,
             "checkpoint": _parameter_counts(self._plan) if self._plan else None,

@@ -56,6 +56,11 @@ def _setting(table: str, key: str, default: Any, text: str, **more: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def _limit(key: str, text: str) -> Any:
+    more = f"{text}, times the unpruned model's (1.5x)"
+    return _setting("accept", key, None, more, metavar="LIMIT", hint='a text like "1.5x"')
+
+
 # Only the fields: RunConfig, which is checked, has the methods, and help need not wait for them.
 @dataclass(frozen=True, init=False, repr=False, eq=False)
 class Settings:
@@ -168,6 +173,24 @@ class Settings:
         "tokens of the greedy sample, dense beside pruned; 0: none",
         least=0,
         metavar="N",
+    )
+
+    # Limits of the verdict, on the worse end of each figure's interval.
+    accept_perplexity: str | None = _limit("perplexity", "most the pruned model's perplexity may be")
+    accept_prefill: str | None = _limit("prefill", "least the speed of prefill must be")
+    accept_decode: str | None = _limit("decode", "least the speed of decoding must be")
+    accept_memory: str | None = _limit("memory", "most the peak memory may be")
+    accept_size: str | None = _limit("size", "most the artifact's files may be")
+    accept_parity: str | None = _setting(
+        "accept", "parity", None, "whether every certificate must have passed", choices=("passed",), metavar="passed"
+    )
+    accept_tasks: Mapping[str, str] = _setting(
+        "accept",
+        "tasks",
+        {},
+        "least a task's figure must be: piqa=0.95x or piqa=-0.03; may be repeated",
+        metavar="NAME=LIMIT",
+        hint='a table [accept.tasks] of limits like "0.95x" (times the unpruned model\'s) or "-0.03" (more than it)',
     )
 
     output: str = _setting("run", "output", "runs/run", "run folder")

@@ -109,6 +109,11 @@ def file_of(request: str) -> str:
         return request
 
 
+def name_of(request: str) -> str:
+    """What reports and limits call a task."""
+    return Path(file_of(request)).stem
+
+
 def read_lines(path: str) -> list[tuple[int, str]]:
     """Lines of a task's file that hold something, with their numbers.
 

@@ -58,6 +58,20 @@ workload = "smoke"
 text = "heldout.txt"
 tokens = 2000
 chunk = 64
+tasks = ["piqa.jsonl", "last-word:ends.txt"]
+tasks_limit = 9
+sample_tokens = 0
+
+[accept]
+perplexity = "1.5x"
+prefill = "1.1x"
+decode = "1.2x"
+memory = "0.9x"
+size = "0.8x"
+parity = "passed"
+
+[accept.tasks]
+piqa = "-0.03"
 
 [run]
 output = "runs/demo"
@@ -104,6 +118,16 @@ def test_every_key_of_the_file_reaches_its_field(tmp_path: Path) -> None:
         text="heldout.txt",
         evaluation_tokens=2000,
         evaluation_chunk=64,
+        tasks=("piqa.jsonl", "last-word:ends.txt"),
+        tasks_limit=9,
+        sample_tokens=0,
+        accept_perplexity="1.5x",
+        accept_prefill="1.1x",
+        accept_decode="1.2x",
+        accept_memory="0.9x",
+        accept_size="0.8x",
+        accept_parity="passed",
+        accept_tasks={"piqa": "-0.03"},
         seed=7,
     )
 
@@ -175,7 +199,7 @@ workload = "smoke"
         "skip_positions, preserve_pattern, options",
         f"{file}: [export] to = 'onnx' is of the wrong kind; a list of texts is read; change it",
         f"{file}: 'benchmark' is not a table of sglp.toml; nothing reads it; did you mean 'bench'? the tables are "
-        "model, plan, repair, heal, export, bench, evaluate, run",
+        "model, plan, repair, heal, export, bench, evaluate, accept, run",
         "no model is given; there is nothing to prune; pass MODEL or set path under [model]",
         "the budget sets drop and keep; one number decides how many layers go; pass exactly one of drop, keep, "
         "max_parameters",

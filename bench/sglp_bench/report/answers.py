@@ -1,13 +1,40 @@
-"""The values of the page about what both models answer and write: tasks with right answers, and greedy samples."""
+"""The values of the page about the verdict, and about what both models answer and write: tasks and samples."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from sglp_bench.judge.accept import missed
 from sglp_bench.report import wording as fmt
 from sglp_bench.report.facts import Json, section
-from sglp_bench.report.shown import Table
+from sglp_bench.report.shown import Badge, Table
+
+
+def accept_values(report: Mapping[str, Any]) -> Json | None:
+    """The verdict over the user's limits, the missed ones in sentences; None where no limit was stated."""
+    verdict = section(report, "accept")
+    if not verdict:
+        return None
+    findings = verdict["findings"]
+    count = len(findings)
+    lost = missed(verdict)
+    rows = [
+        [
+            found["name"], found["limit"], None if found["value"] is None else fmt.significant(found["value"], 4),
+            fmt.interval(*found["interval"]) if found["interval"] else None,
+            Badge(found["met"], "met" if found["met"] else "missed"),
+        ]
+        for found in findings
+    ]  # fmt: skip
+    heading = f"{len(lost)} of {count} limits missed" if lost else f"All {count} limits are met"
+    head = ["limit on", "asked", "found", "95 % interval", "verdict"]
+    return {
+        "accepted": not lost,
+        "heading": f"{'✗ Not accepted' if lost else '✓ Accepted'}: {heading}",
+        "missed": lost,
+        "table": Table(head, rows, numeric=[2, 3]),
+    }
 
 
 def task_values(report: Mapping[str, Any]) -> Json | None:

@@ -24,6 +24,7 @@ def render_html(report_json: Mapping[str, Any]) -> str:
         .render(
             title=str(report["title"]),
             subtitle=sections.subtitle(report),
+            accept=answers.accept_values(report),
             price=sections.price_values(report),
             stack=sections.stack_values(report),
             claims=report["claims"],

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sglp_bench.judge.accept import verdict
 from sglp_bench.judge.compare import VERSIONS as COMPARISON_VERSIONS
 from sglp_bench.report import wording as fmt
 from sglp_bench.report.facts import Json, cards, measurement, missing, section
@@ -47,6 +48,7 @@ class RunReport:
         provenance: ``{"versions", "machine", "command", "created", "seed", "stages"}``, each optional.
         title: Heading of the page; made from the model and its depth when omitted.
         checkpoint: ``{"parameters", "dense_parameters"}`` of the pruned checkpoint.
+        limits: What must be met; see :func:`sglp_bench.judge.accept.check_limits`.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class RunReport:
         provenance: Any = None,
         title: str | None = None,
         checkpoint: Any = None,
+        limits: Mapping[str, Any] | None = None,
     ) -> None:
         value: Json = {
             "schema": SCHEMA,
@@ -85,6 +88,7 @@ class RunReport:
             for row in item["rows"]
             if row["claim"]
         ]
+        value["accept"] = verdict(limits, value) if limits else None
         value["cards"] = cards(value)
         value["missing"] = missing(value)
         self._value: Json = _plain(value)
@@ -145,6 +149,7 @@ class RunReport:
             provenance=_provenance(run),
             title=run.get("title"),
             checkpoint=run.get("checkpoint"),
+            limits=section(run, "accept"),
         )
 
 

@@ -92,3 +92,26 @@ def test_a_quality_file_of_another_version_with_other_fields_still_gives_a_page(
     odd = {"piqa": {"metrics": {"acc": {"label": "x", "difference": None}}, "metric": "acc"}}
     first = cells(render_html(made(tasks=odd, generation={"rows": [{"prompt": "p"}]})), "task, metric")
     assert first == [["piqa", "x", "–", "–", "–", "–", "–", "–"]]
+
+
+def test_the_verdict_stands_at_the_top_with_what_was_missed_and_every_limit_in_a_table() -> None:
+    inputs = report_fixtures.run_inputs()
+    page = render_html(RunReport(**inputs, limits={"decode": "1.1x", "perplexity": "1.5x"}).to_json())
+    assert page.index("✗ Not accepted: 1 of 2 limits missed") < page.index('class="cards"')
+    first, second = cells(page, "limit on")
+    assert first[:2] == ["decode (onnx)", "at least 1.1x"]
+    assert "✓ met" in first[4]
+    assert second[:4] == ["perplexity", "at most 1.5x", "2.496", "–"]
+    assert "✗ missed" in second[4]
+    assert "<p>perplexity: at most 1.5x is asked; it is 2.496x.</p>" in page
+    assert "limits" not in words(render_html(RunReport(**inputs).to_json()))
+
+
+def test_a_report_of_before_there_were_verdicts_is_still_rendered() -> None:
+    report = made()
+    del report["accept"]
+    assert render_html(report) == render_html(made())
+
+
+def words(page: str) -> str:
+    return re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL).lower()
