@@ -54,7 +54,8 @@ def outcome_of(root: Path, plan: PruningPlan, failures: Mapping[str, str]) -> Ou
     verdict = _io.read_json(root / "report" / "report.json", "report").get("accept")
     if verdict:
         sentences = missed(verdict)
-        rows += [("limit MISSED", sentence) for sentence in sentences]
+        # A sentence begins with what is limited; the rows are an object too, so each needs a name of its own.
+        rows += [(f"MISSED {name}", why) for name, _, why in (sentence.partition(": ") for sentence in sentences)]
         rows += [] if sentences else [("limits", f"all {len(verdict['findings'])} are met")]
         exit_code = exit_code or (Exit.LIMIT if sentences else Exit.DONE)
     for what, why in failures.items():

@@ -29,7 +29,7 @@ _BYTES: Final = {
 }
 _RATIO: Final = re.compile(r"(\d+(?:\.\d+)?)x")
 _NUMBER: Final = re.compile(r"[+-]?\d+(?:\.\d+)?")
-_NOT_COMPARED: Final = "no artifact was compared with its unpruned baseline"
+_BASELINE: Final = "-baseline"
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,12 @@ def verdict(limits: Json, report: Json) -> dict[str, Any]:
 
     Args:
         limits: As for :func:`check_limits`.
-        report: Content of ``report.json``: its ``quality``, ``parity`` and ``measurements``.
+        report: Content of ``report.json``: its ``quality``, ``artifacts``, ``parity`` and ``measurements``.
     """
     quality = report.get("quality") or {}
     # The same depth on both sides compares two runtimes, of which no limit speaks.
     compared = [item for item in report["measurements"] if item["kind"] == "depth"]
+    left = _not_compared(report, [item["name"] for item in compared])
     findings: list[Finding] = []
     for name, text in limits.items():
         if name == "perplexity":
@@ -105,11 +106,12 @@ def verdict(limits: Json, report: Json) -> dict[str, Any]:
             findings.append(_parity(report["parity"]))
         elif name == TASKS:
             findings += [_task(task, given, (quality.get("tasks") or {}).get(task)) for task, given in text.items()]
-        elif compared:
-            find = _speed if name in _SPEEDS else _bytes
-            findings += [find(name, text, item) for item in compared]
         else:
-            findings.append(_missed(name, _limit(name, text, at_least=name in _SPEEDS), _NOT_COMPARED))
+            find, limit = _speed if name in _SPEEDS else _bytes, _limit(name, text, at_least=name in _SPEEDS)
+            findings += [find(name, text, item) for item in compared]
+            findings += [_missed(f"{name} ({artifact})", limit, why) for artifact, why in left.items()]
+            if not compared and not left:
+                findings.append(_missed(name, limit, "no artifact was compared with its unpruned baseline"))
     return {"accepted": all(found.met for found in findings), "findings": [asdict(found) for found in findings]}
 
 
@@ -128,6 +130,18 @@ def _limit(name: str, text: Any, *, at_least: bool) -> _Limit:
     raise ConfigError(
         f'{text!r} is no limit; a multiple of the unpruned model\'s figure is read ("1.5x"){more}; write it so'
     )
+
+
+def _not_compared(report: Json, compared: Sequence[str]) -> dict[str, str]:
+    """Why each artifact that a baseline was made for was not compared with it; it was to be, or there were none."""
+    failed = {item.get("name") for item in report["parity"] if item.get("passed") is not True}
+    names = [str(item["name"]) for item in report["artifacts"]]
+    found = {}
+    for name in (name.removesuffix(_BASELINE) for name in names if name.endswith(_BASELINE)):
+        if name not in compared:
+            bad = next((arm for arm in (name, f"{name}{_BASELINE}") if arm in failed), None)
+            found[name] = f"parity of {bad} failed, so it was not measured" if bad else "it was not measured"
+    return found
 
 
 def _speed(name: str, text: str, item: Json) -> Finding:

@@ -52,7 +52,8 @@ def item(name: str = "onnx", *, kind: str = "depth", **more: Any) -> Json:
 
 def report(**more: Any) -> Json:
     parity = [{"name": "onnx", "passed": True}]
-    return {"quality": {**QUALITY, "tasks": {"piqa": PIQA}}, "parity": parity, "measurements": [item()], **more}
+    quality = {**QUALITY, "tasks": {"piqa": PIQA}}
+    return {"quality": quality, "artifacts": [], "parity": parity, "measurements": [item()], **more}
 
 
 def judged(limits: Json, **more: Any) -> list[tuple[str, bool]]:
@@ -111,7 +112,22 @@ def test_each_measured_artifact_is_judged_and_a_comparison_of_runtimes_is_not() 
     ]
 
 
-NOTHING: Json = {"quality": None, "parity": [], "measurements": []}
+def test_an_artifact_that_was_to_be_compared_and_was_not_misses_its_limits() -> None:
+    """A format that nothing here can time has no baseline, so no limit speaks of it."""
+    names = ("onnx-baseline", "onnx", "gguf-baseline", "gguf", "openvino-baseline", "openvino", "vllm")
+    artifacts = [{"name": name} for name in names]
+    parity = [{"name": "onnx", "passed": True}, {"name": "gguf-baseline", "passed": False}]
+    found = verdict({"decode": "1.05x", "size": "0.9x"}, report(artifacts=artifacts, parity=parity))
+    assert [each["name"] for each in found["findings"] if each["met"]] == ["decode (onnx)", "size (onnx)"]
+    assert missed(found) == [
+        "decode (gguf): at least 1.05x is asked; not accepted: parity of gguf-baseline failed, so it was not measured",
+        "decode (openvino): at least 1.05x is asked; not accepted: it was not measured",
+        "size (gguf): at most 0.9x is asked; not accepted: parity of gguf-baseline failed, so it was not measured",
+        "size (openvino): at most 0.9x is asked; not accepted: it was not measured",
+    ]
+
+
+NOTHING: Json = {"quality": None, "artifacts": [], "parity": [], "measurements": []}
 
 
 @pytest.mark.parametrize(

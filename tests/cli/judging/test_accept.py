@@ -98,12 +98,18 @@ def test_a_missed_limit_ends_a_run_with_its_own_code_and_only_the_report_is_made
     code, answer, stages = again(*good[2:], "--accept-decode", "1.5x")
     assert (code, answer["exit_code"], stages) == (Exit.LIMIT, 5, ["report"])
     decode = next(found for found in answer["accept"]["findings"] if found["name"] == "decode (onnx)")
-    assert answer["rows"]["limit MISSED"] == decode["sentence"]
+    assert f"decode (onnx): {answer['rows']['MISSED decode (onnx)']}" == decode["sentence"]
     assert decode["sentence"].startswith("decode (onnx): at least 1.5x is asked; it is 1.2")
     page = (run / "report" / "report.html").read_text()
     assert page.index("✗ Not accepted: 1 of 3 limits missed") < page.index("The stack, first layer on the left")
     assert decode["sentence"] in page
     assert main(["show", str(run / "report")]) == 0
+
+    # Of several, none hides another.
+    both = ("--accept-decode", "1.5x", "--accept-size", "0.1x")
+    code, answer, _ = again(*both)
+    assert [name for name in answer["rows"] if "MISSED" in name] == ["MISSED decode (onnx)", "MISSED size (onnx)"]
+    code, answer, _ = again(*good[2:], "--accept-decode", "1.5x")
 
     # Kept as it is, and still missed; rendered again from the folder alone, the verdict stays.
     assert again(*good[2:], "--accept-decode", "1.5x")[::2] == (Exit.LIMIT, [])
