@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Final, cast
 from sglp_deploy import _io
 from sglp_deploy.errors import ConfigError
 from sglp_deploy.tasks.asked import read_lines
+from sglp_deploy.tasks.json_lines import value_of
 from sglp_deploy.tasks.scores import Scores
 
 if TYPE_CHECKING:
@@ -97,10 +97,7 @@ class LastWord:
 
 
 def _text(line: str, place: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{place} is not JSON; {error.msg}; one JSON object a line is read") from error
+    record = value_of(line, place)
     text = record.get("text") if isinstance(record, dict) else record
     if not isinstance(text, str):
         raise ConfigError(f"{place} has no text; the key text was expected; rename the key")

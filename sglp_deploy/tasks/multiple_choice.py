@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +11,7 @@ import numpy as np
 from sglp_deploy import _io
 from sglp_deploy.errors import ConfigError
 from sglp_deploy.tasks.asked import CHOICE, read_lines
+from sglp_deploy.tasks.json_lines import value_of
 from sglp_deploy.tasks.scores import Scores
 
 if TYPE_CHECKING:
@@ -120,10 +120,7 @@ class MultipleChoice:
 
 
 def _question(line: str, place: str) -> Question:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{place} is not JSON; {error.msg}; one JSON object a line is read") from error
+    record = value_of(line, place)
     if not isinstance(record, dict):
         raise ConfigError(f"{place} is no object; {', '.join(_KEYS)} are read from it; write one object a line")
     if missing := [key for key in _KEYS if key not in record]:
@@ -136,7 +133,8 @@ def _question(line: str, place: str) -> Question:
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
         raise ConfigError(f"{place}: choices are {choices!r}; a list of texts is read; change it")
     if len(choices) < 2:
-        raise ConfigError(f"{place} has {len(choices)} choice; there is nothing to choose between; give two or more")
+        count = "1 choice" if choices else "no choices"
+        raise ConfigError(f"{place} has {count}; there is nothing to choose between; give two or more")
     return Question(text, tuple(choices), _answer(answer, choices, place), place)
 
 

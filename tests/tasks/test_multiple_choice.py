@@ -159,6 +159,7 @@ WRONG = [
     ({"question": "q", "choices": ["a", "b"], "answer": True}, ": answer is True; a choice's number from 0, or its"),
     ({"question": "q", "choices": ["a", "b"], "answer": 0.0}, ": answer is 0.0; a choice's number from 0, or its"),
     ({"question": "q", "choices": ["a"], "answer": 0}, "has 1 choice; there is nothing to choose between; give two"),
+    ({"question": "q", "choices": [], "answer": 0}, "has no choices; there is nothing to choose between; give two"),
     ({"question": "q", "choices": "ab", "answer": 0}, ": choices are 'ab'; a list of texts is read; change it"),
     ({"question": "q", "choices": ["a", 3], "answer": 0}, ": choices are ['a', 3]; a list of texts is read; change"),
     ({"question": " ", "choices": ["a", "b"], "answer": 0}, ": question is ' '; the choices continue a text; write"),
