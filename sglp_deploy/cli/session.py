@@ -25,7 +25,7 @@ from sglp_deploy.evidence.text import BUILTIN, CalibrationSet
 from sglp_deploy.healing.texts.parts import GENERAL, WRITTEN, default_parts
 from sglp_deploy.overlay import HEAL, OVERLAY_FILE
 from sglp_deploy.plan import PruningPlan
-from sglp_deploy.tasks.asked import read_tasks
+from sglp_deploy.tasks.asked import needs_connection, read_tasks
 
 if TYPE_CHECKING:
     from sglp_deploy.compressor import Compressor
@@ -88,7 +88,7 @@ def judged(
 def compressor(config: RunConfig, console: Console) -> Compressor:
     """A Compressor for planning: the calibration text is read before the model, because it fails faster."""
     _set_threads(config.threads)
-    settle_connection(console, config.model, config.calibration, config.text, *config.heal_text)
+    settle_connection(console, config.model, config.calibration, config.text, *config.heal_text, tasks=config.tasks)
     calibration = calibration_set(config)
     return _load(
         console,
@@ -245,15 +245,16 @@ def use_recorded_model(arguments: argparse.Namespace, artifact: ExportArtifact) 
         arguments.dtype = recorded
 
 
-def settle_connection(console: Console, model: str, *texts: str | None) -> None:
+def settle_connection(console: Console, model: str, *texts: str | None, tasks: Sequence[str] = ()) -> None:
     """Decide once whether the hub can be reached, before its client retries for half a minute.
 
     Args:
         console: Told when there is no connection.
         model: A path or a hub identifier.
         texts: Paths, or datasets (``hf:...``).
+        tasks: What models are judged by; some have datasets behind them.
     """
-    datasets = any((text or "").startswith("hf:") for text in texts)
+    datasets = any((text or "").startswith("hf:") for text in texts) or any(map(needs_connection, tasks))
     remote = datasets or (not Path(model).exists() and may_be_hub_id(model))
     if not remote or os.environ.get("HF_HUB_OFFLINE"):
         return

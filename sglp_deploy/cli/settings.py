@@ -161,7 +161,7 @@ class Settings:
     evaluation_chunk: int = _setting("evaluate", "chunk", 512, "tokens in a chunk of that text", least=8)
 
     tasks: tuple[str, ...] = _setting(
-        "evaluate", "tasks", (), "questions to judge by: FILE.jsonl, last-word:FILE", metavar="TASKS"
+        "evaluate", "tasks", (), "questions to judge by: FILE.jsonl, last-word:FILE, lm-eval:NAME", metavar="TASKS"
     )
     tasks_limit: int | None = _setting(
         "evaluate", "tasks_limit", None, "items of each task, the first ones (default: all)", least=1, metavar="N"

@@ -211,7 +211,7 @@ def run_evaluate(arguments: argparse.Namespace, console: Console) -> int:
     session.check_output_file(arguments.output)
     plan = session.read_plan(arguments.plan, arguments.overlay) if arguments.plan else None
     tasks = read_tasks(arguments.tasks, limit=arguments.tasks_limit)
-    session.settle_connection(console, arguments.model, arguments.text)
+    session.settle_connection(console, arguments.model, arguments.text, tasks=arguments.tasks)
     text = session.held_out_set(arguments.text, max_tokens=arguments.tokens, sequence_length=arguments.chunk)
     compressor = session.plain_compressor(arguments, console)
     if plan is not None:

@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from sglp_deploy.tasks.scores import Scores
 
 CHOICE: Final = "choice"
+LM_EVAL: Final = "lm-eval"
 
 # Kind to what reads it: (what, limit) -> JudgedTask.
 KINDS: Final[Mapping[str, str]] = {
     CHOICE: "sglp_deploy.tasks.multiple_choice:MultipleChoice.read",
     "last-word": "sglp_deploy.tasks.last_word:LastWord.read",
+    LM_EVAL: "sglp_deploy.tasks.lm_harness:HarnessTask.read",
 }
 
 
@@ -60,6 +62,7 @@ def read_tasks(requests: Sequence[str], *, limit: int | None = None) -> tuple[Ju
 
     Raises:
         ConfigError: If a kind is unknown, a file is missing or wrong, or two tasks have one name; all are listed.
+        MissingDependencyError: If lm-eval is asked for and not installed.
     """
     faults: list[str] = []
     found: dict[str, JudgedTask] = {}
@@ -111,7 +114,18 @@ def file_of(request: str) -> str:
 
 def name_of(request: str) -> str:
     """What reports and limits call a task."""
-    return Path(file_of(request)).stem
+    what = file_of(request)
+    return what if request.startswith(f"{LM_EVAL}:") and not is_task_file(what) else Path(what).stem
+
+
+def is_task_file(what: str) -> bool:
+    """Whether what stands behind ``lm-eval:`` is the file of a task and not the name of one."""
+    return what.endswith((".yaml", ".yml"))
+
+
+def needs_connection(request: str) -> bool:
+    """Whether its data may have to be downloaded."""
+    return request.startswith(f"{LM_EVAL}:") and not is_task_file(request)
 
 
 def read_lines(path: str) -> list[tuple[int, str]]:
