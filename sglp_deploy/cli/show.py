@@ -302,7 +302,9 @@ def _run(value: Json) -> str:
 def _report(value: Json) -> str:
     rows = [(card["label"], card["value"], card["detail"]) for card in value["cards"]]
     missing = "".join(f"\nnot measured: {line}" for line in value["missing"])
-    return f"{value['title']}\n\n{table(rows)}{missing}"
+    limits = (value.get("accept") or {}).get("findings", ())
+    lines = "".join(f"\n{'met' if found['met'] else 'MISSED'}: {found['sentence']}" for found in limits)
+    return f"{value['title']}\n\n{table(rows)}{missing}{lines}"
 
 
 def _perplexity(value: Json) -> str:

@@ -103,7 +103,9 @@ def test_a_missed_limit_ends_a_run_with_its_own_code_and_only_the_report_is_made
     page = (run / "report" / "report.html").read_text()
     assert page.index("✗ Not accepted: 1 of 3 limits missed") < page.index("The stack, first layer on the left")
     assert decode["sentence"] in page
+    capsys.readouterr()
     assert main(["show", str(run / "report")]) == 0
+    assert f"\nMISSED: {decode['sentence']}\n" in capsys.readouterr().out
 
     # Of several, none hides another.
     both = ("--accept-decode", "1.5x", "--accept-size", "0.1x")
