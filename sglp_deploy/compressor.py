@@ -368,17 +368,11 @@ class Compressor:
             ConfigError: If an item does not fit the model.
             UnsupportedModelError: If it is no decoder language model.
         """
-        return judged(
-            self.model, None if plan is None else self.materialize(plan).module, self.tokenizer, tasks, self._stage
-        )
+        pruned = None if plan is None else self.materialize(plan).module
+        return judged(self.model, pruned, self.tokenizer, tasks, self._stage)
 
     def sample(self, n_tokens: int, plan: PruningPlan) -> dict[str, Any]:
-        """What the unpruned and the pruned model write after some prompts, and how much they repeat themselves.
-
-        Args:
-            n_tokens: How many tokens, at most.
-            plan: Which layers go.
-        """
+        """What the unpruned and the pruned model write, ``n_tokens`` at most, and how much they repeat themselves."""
         return sampled(self.model, self.materialize(plan).module, self.tokenizer, n_tokens, self._stage)
 
     def _unrepaired(self, plan: PruningPlan, task: Task, batches: TokenBatches) -> Any:

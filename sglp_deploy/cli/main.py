@@ -35,7 +35,7 @@ VERBS = {
     "bench": "measure a certified artifact, paired against another one (exit 4 when not comparable)",
     "evaluate": "perplexity of a model on text, and its right answers in tasks; with a plan, the pruned one beside it",
     "report": "render a run folder as report.json and report.html",
-    "run": "plan, repair, heal, materialize, export, verify, evaluate, bench, report; resumable (exit 5: a limit missed)",
+    "run": "plan, repair, heal, export, verify, evaluate, bench and report; resumable (exit 5: a limit missed)",
     "show": "print any of our files as a table",
     "plugins": "list exporters and planners, with the reason when one cannot be used",
     "env": "make, list or remove the isolated environments some runtimes need",
