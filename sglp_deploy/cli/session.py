@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sglp_deploy.compressor import Compressor
 
 _CONNECT_S = 5.0
+_MOST_TOKENS = 1_000_000  # read of a dataset to heal on, where only time bounds it
 
 
 def calibration_set(given: RunConfig | argparse.Namespace, max_tokens: int | None = None) -> CalibrationSet:
@@ -177,7 +178,7 @@ def healed_plan(made: Compressor, config: RunConfig, plan: PruningPlan, console:
         SGLPError: If it cannot be done.  Other than a repair it is done only where somebody asks for it, so a run does
             not go on without it.
     """
-    parts = _named_texts(config.heal_text) if config.heal_text else None
+    parts = _named_texts(config.heal_text, config.heal_tokens) if config.heal_text else None
     found = made.heal(plan, corpus=parts, options=config.healing(), folder=folder)
     for refused in (found.compensation or {}).get("refused", ()):
         if refused["repair"] == HEAL:
@@ -185,11 +186,17 @@ def healed_plan(made: Compressor, config: RunConfig, plan: PruningPlan, console:
     return found
 
 
-def _named_texts(texts: Sequence[str]) -> list[CalibrationSet | str]:
-    return [text if text in (BUILTIN, GENERAL, WRITTEN) else CalibrationSet.parse(text) for text in texts]
+def _named_texts(texts: Sequence[str], tokens: int | None = None) -> list[CalibrationSet | str]:
+    """Texts by name; of a dataset as much is read as ``tokens`` need, or a million."""
+    most = max(tokens or _MOST_TOKENS, 8)
+    return [
+        text if text in (BUILTIN, GENERAL, WRITTEN) else CalibrationSet.parse(text, max_tokens=most) for text in texts
+    ]
 
 
-def heal_corpus(texts: Sequence[str], plan: PruningPlan, console: Console) -> list[CalibrationSet | str] | None:
+def heal_corpus(
+    texts: Sequence[str], plan: PruningPlan, console: Console, tokens: int | None = None
+) -> list[CalibrationSet | str] | None:
     """The texts a user names for healing, or those of the default mix; None where that is the Compressor's own.
 
     Raises:
@@ -197,7 +204,7 @@ def heal_corpus(texts: Sequence[str], plan: PruningPlan, console: Console) -> li
         CalibrationError: If it holds no text.
     """
     if texts:
-        return _named_texts(texts)
+        return _named_texts(texts, tokens)
     source = str((plan.calibration or {}).get("source") or BUILTIN)
     if source.startswith(BUILTIN):
         return None

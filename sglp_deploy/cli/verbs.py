@@ -78,7 +78,7 @@ def run_heal(arguments: argparse.Namespace, console: Console) -> int:
     given |= {"tokens": arguments.heal_tokens, "minutes": arguments.heal_minutes, **(arguments.heal_options or {})}
     options = read_heal_options({key: value for key, value in given.items() if value is not None})
     session.settle_connection(console, arguments.model, *arguments.heal_text or ())
-    corpus = session.heal_corpus(arguments.heal_text or (), plan, console)
+    corpus = session.heal_corpus(arguments.heal_text or (), plan, console, options.tokens)
     compressor = session.plain_compressor(arguments, console)
     plan = compressor.heal(plan, corpus=corpus, options=options, folder=folder / "healing")
     if rank > 0:

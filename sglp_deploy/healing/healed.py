@@ -92,7 +92,9 @@ def healed(
             standing = training.run()
             changed = student.changed()
     except (RuntimeError, MemoryError) as error:
-        raise _out_of_memory(error) from error
+        if (words := _lack_of_memory(error)) is None:
+            raise
+        raise CalibrationError(_does_not_fit(words)) from error
     record = _io.plain(
         {
             "repair": HEAL,
@@ -185,8 +187,8 @@ def _does_not_fit(why: str) -> str:
     )
 
 
-def _out_of_memory(error: RuntimeError | MemoryError) -> Exception:
+def _lack_of_memory(error: RuntimeError | MemoryError) -> str | None:
+    """What the error says of memory that ran out; None where it is about something else."""
     words = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in words:
-        return CalibrationError(_does_not_fit(words.rstrip(".")))
-    return error
+    lacking = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in words
+    return words.rstrip(".") if lacking else None

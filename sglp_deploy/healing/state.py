@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,9 @@ import torch
 from sglp_deploy import _io
 
 FORMAT: Final = "healing/1"  # in the file's metadata; history: 1 = first
+
+# Names of states, of what lies beside them, and of what a killed process left half written.
+_OURS: Final = re.compile(r"\.?[0-9a-f]{32}\.(safetensors|taught|rows)")
 
 # Between two writes: at least this long, and so long that writing takes a twentieth of the time at most.
 INTERVAL_S = 60.0
@@ -43,7 +47,7 @@ class Keeper:
     """Writes and finds the state of one training.
 
     Args:
-        folder: Holds nothing else; made when needed.  None keeps nothing.
+        folder: Made when needed.  None keeps nothing.
         key: Digest of everything that decides the result; a state of another key is removed.
     """
 
@@ -58,7 +62,7 @@ class Keeper:
         if self._folder is None or self._file is None or not self._folder.is_dir():
             return None
         for other in self._folder.iterdir():
-            if not other.name.startswith(self._file.stem):
+            if _OURS.match(other.name) and not other.name.startswith(self._file.stem):
                 other.unlink()
         from safetensors import SafetensorError, safe_open
 

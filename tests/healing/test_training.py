@@ -40,7 +40,7 @@ def made(
     trained = {name: one for name, one in student.named_parameters() if one.requires_grad}
     speakers = (Speaker(each, torch.float32) for each in (student, teacher))
     more: dict[str, Any] = {} if clock is None else {"clock": clock}
-    return Training(next(speakers), trained, next(speakers), mix, options, Keeper(folder, "key" * 20), **more)
+    return Training(next(speakers), trained, next(speakers), mix, options, Keeper(folder, "0abcdef9" * 8), **more)
 
 
 def weights(training: Training) -> dict[str, torch.Tensor]:
@@ -213,8 +213,11 @@ def test_a_state_that_is_damaged_or_of_another_training_is_not_used(spoiled: byt
     file.write_bytes(spoiled)
     assert keeper.read() is None
     file.write_bytes(kept)
+    (tmp_path / "mine.txt").write_text("somebody's")
+    (tmp_path / f".{'a' * 32}.safetensors.x.tmp").write_bytes(b"half")
     assert Keeper(tmp_path, "b" * 64).read() is None
-    assert [*tmp_path.iterdir()] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    (tmp_path / "mine.txt").unlink()
     file.write_bytes(kept)
     keeper.clear()
     assert not tmp_path.exists()
