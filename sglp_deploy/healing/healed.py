@@ -100,6 +100,7 @@ def healed(
             "repair": HEAL,
             "source": SOURCE,
             "options": asdict(options),
+            "learning_rate": training.rate,
             "precision": str(precision).removeprefix("torch."),
             "processes": team.size,
             "mix": mix.facts(),

@@ -60,6 +60,7 @@ class Speaker:
         self.device = next(module.parameters()).device
         self.head: Any = module.get_output_embeddings()  # type: ignore[operator]
         self.split = not trains_head and self._is_split()
+        self.width: int = self.head.weight.shape[-1]  # of a hidden state
         self._weight: torch.Tensor | None = None
 
     def states(self, ids: torch.Tensor) -> torch.Tensor:

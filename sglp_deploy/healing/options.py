@@ -20,7 +20,8 @@ class HealOptions:
     Attributes:
         tokens: Training tokens, repetitions counted; None bounds by time alone.
         minutes: Of training, over all resumes; None bounds by tokens alone.
-        learning_rate: Of AdamW, at its highest; 3e-4 for all weights, 1e-3 for LoRA when None.
+        learning_rate: Of AdamW, at its highest; 0.17 / hidden size for all weights (3e-4 at 576), 0.6 / hidden size for
+            LoRA when None.
         ce: Share of the cross entropy in the loss; the rest is KL from the teacher.
         temperature: Of both distributions in the KL.
         sequence_length: Tokens in a row.
@@ -90,10 +91,9 @@ class HealOptions:
         if faults:
             raise ConfigError(faults)
 
-    @property
-    def rate(self) -> float:
-        """The highest learning rate."""
-        return self.learning_rate or (1e-3 if self.lora else 3e-4)
+    def rate(self, width: int) -> float:
+        """The highest learning rate for a model of this hidden size; the best one falls with it (arXiv:2203.03466)."""
+        return self.learning_rate or (0.6 if self.lora else 0.17) / width
 
 
 def read_heal_options(given: Mapping[str, Any]) -> HealOptions:

@@ -49,7 +49,7 @@ class Taught:
         if file is None or not self._shares or not teacher.split:
             self._file = None
             return
-        width = int(teacher.weight.shape[1])
+        width = teacher.width
         self._shape = (mix.sequence_length, width)
         self._row_bytes = _FLOAT * mix.sequence_length * width
         self._room = MOST_BYTES // self._row_bytes

@@ -58,11 +58,12 @@ class Training:
 
     def __post_init__(self) -> None:
         options = self.options
+        self.rate = options.rate(self.student.width)
         self._decay = [one for one in self.trained.values() if one.ndim > 1]
         self._plain = [one for one in self.trained.values() if one.ndim <= 1]
         groups = [{"params": self._decay, "weight_decay": options.weight_decay}]
         groups += [{"params": self._plain, "weight_decay": 0.0}] if self._plain else []
-        self._optimizer = torch.optim.AdamW(groups, lr=options.rate, betas=_BETAS, fused=True)
+        self._optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=_BETAS, fused=True)
         self._how = Weighting(options.ce, options.temperature)
         self._rows = options.batch_size * options.accumulation * self.team.size
         # Each process of a team has rows of its own, and no place of its own to keep them.
@@ -114,7 +115,7 @@ class Training:
 
     def _rate(self, step: int, done: float) -> float:
         """A short warm-up, then a half cosine to zero."""
-        return self.options.rate * min(1.0, (step + 1) / _WARM_STEPS) * 0.5 * (1 + math.cos(math.pi * done))
+        return self.rate * min(1.0, (step + 1) / _WARM_STEPS) * 0.5 * (1 + math.cos(math.pi * done))
 
     def _step(self, draws: list[tuple[int, int]], rate: float) -> None:
         options, length = self.options, self.mix.sequence_length
@@ -136,7 +137,7 @@ class Training:
         if not math.isfinite(total) or not bool(norm.isfinite()):
             raise CalibrationError(
                 f"healing diverged at step {self._standing.step + 1}; the loss or its gradient is not finite; give a "
-                f"smaller learning_rate than {options.rate:g}"
+                f"smaller learning_rate than {self.rate:g}"
             )
         for group in self._optimizer.param_groups:
             group["lr"] = rate

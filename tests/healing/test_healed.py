@@ -67,7 +67,7 @@ def test_healing_that_helps_becomes_the_plan_s_overlay(
     (share,) = record["by_share"]
     assert share == {"source": "builtin:calibration", "loss_dense": 3.0, "loss_before": 5.0, "loss_after": 4.0}
     assert record["mix"][0]["n_held_out"] == 128
-    assert record["options"]["learning_rate"] is None
+    assert (record["options"]["learning_rate"], record["learning_rate"]) == (None, 0.17 / 64)
     assert made.elapsed_s["heal"] > 0
     # It goes through a file and into a model that computes something else than the plan without it.
     made.save(tmp_path / "plan.json")
