@@ -201,9 +201,9 @@ def test_plugins_lists_exporters_and_planners(capsys: pytest.CaptureFixture[str]
     ours = {"executorch", "gguf", "onnx", "openvino", "optimum", "ort-genai"}
     ours |= {"tensorrt", "tensorrt-kit", "torch", "vllm"}
     assert {name for name, line in lines.items() if line["kind"] == "exporter"} == ours
-    assert {name for name, line in lines.items() if line["kind"] == "planner"} == {"sglp"}
+    assert {name for name, line in lines.items() if line["kind"] == "planner"} == {"auto", "sglp"}
     # What comes with the package is usable; what needs an extra is usable or says what it needs.
-    assert all(lines[name]["reason"] is None for name in ("onnx", "torch", "vllm", "sglp"))
+    assert all(lines[name]["reason"] is None for name in ("onnx", "torch", "vllm", "auto", "sglp"))
     assert all(lines[name]["reason"] is None or "needs" in lines[name]["reason"] for name in ours)
 
 
