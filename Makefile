@@ -77,7 +77,7 @@ $(DEMO_MODEL): | $(VENV)/.installed
 	rm -rf $(DEMO_DIR)/download
 
 demo: $(VENV)/.installed-heal $(DEMO_MODEL)
-	$(BIN)/sglp-deploy run $(DEMO_MODEL) --drop 6 --repair-tokens 16384 --heal-minutes 2.5 --to onnx,vllm --workload demo -o $(DEMO_OUT)
+	$(BIN)/sglp-deploy run $(DEMO_MODEL) --drop 6 --repair-tokens 16384 --heal-minutes 3.5 --to onnx,vllm --workload demo -o $(DEMO_OUT)
 
 # Each format fails alone: its row says why, every table is written, and the exit status tells.
 exports: $(VENV)/.installed-dev $(DEMO_MODEL)
