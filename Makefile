@@ -36,7 +36,7 @@ OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' p
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    prune, export, verify and measure a real 30-layer model (CPU)"
+	@echo "make demo    prune, repair, heal, export, verify and measure a real 30-layer model (CPU)"
 	@echo "make test    run the tests, but for those that take more than about ten seconds each"
 	@echo "make test-slow    those; continuous integration runs them too"
 	@echo "make test-vision  only the tests of the adapters for timm and torchvision, in a process of their own"

@@ -115,6 +115,21 @@ def as_stored(projection: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     return turned.to(projection.get_parameter("weight").dtype).contiguous()
 
 
+def with_bias(projection: nn.Module) -> torch.Tensor:
+    """Map and bias as one (inputs + 1, outputs), float64; without the last row where there is no bias."""
+    weight = weight_of(projection).detach().double().T
+    bias = projection._parameters.get("bias")
+    return weight if bias is None else torch.cat([weight, bias.detach().double()[None]])
+
+
+def inputs_of(projection: nn.Module, given: torch.Tensor) -> torch.Tensor:
+    """What :func:`with_bias` multiplies: rows of inputs, float32, and a column of ones where there is a bias."""
+    rows = flat(given).float()
+    if projection._parameters.get("bias") is None:
+        return rows
+    return torch.cat([rows, torch.ones(len(rows), 1, device=rows.device)], 1)
+
+
 @contextmanager
 def watching(
     layer: nn.Module, paths: Sequence[str], seen: dict[str, tuple[torch.Tensor, torch.Tensor]]

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from sglp_deploy.errors import CalibrationError, UnsupportedModelError
-from sglp_deploy.evidence.branches import Branch, find_branches, flat, watching, weight_of
+from sglp_deploy.evidence.branches import Branch, find_branches, flat, inputs_of, watching, with_bias
 from sglp_deploy.evidence.least_squares import NormalEquations, best_ridge
-from sglp_deploy.evidence.statistics import GapDamage
-from sglp_deploy.evidence.streams import IndexedStream, KeptStream, StackRunner, StreamWindow
+from sglp_deploy.evidence.statistics import GapDamage, gaps_of
+from sglp_deploy.evidence.streams import IndexedStream, KeptStream, StackRunner, StreamWindow, held_out_of
 from sglp_deploy.models.library import evaluating
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]  # stage, done, in all
 
-HELD_OUT_EVERY: Final = 8
 # Whole plans are judged on so many tokens; single gaps, of which there are many, on one minibatch of these.
 JUDGED_TOKENS: Final = 2_048
 # A chain of repairs is fitted on so many tokens: enough to rank plans, not to ship one.
@@ -93,8 +92,7 @@ class GapMeter:
         self._batches = list(batches)
         self._progress = progress
         self._runner = StackRunner(model, stack, task)
-        held_out = [index for index in range(len(batches)) if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
-        self._held_out = tuple(held_out) or (len(batches) - 1,)
+        self._held_out = held_out_of(len(batches))
         self._judging = tuple(self._first(self._held_out, JUDGED_TOKENS))
         self._fitted_on = tuple(index for index in range(len(batches)) if index not in self._held_out)
         self._sites: dict[int, _Site] = {}
@@ -156,7 +154,7 @@ class GapMeter:
         indices = [*self._first(self._fitted_on, CHAIN_TOKENS), *self._held_out]
         damage = []
         with tempfile.TemporaryDirectory(prefix="sglp-gaps-") as folder:
-            gaps = [_gaps_of(plan) for plan in plans]
+            gaps = [gaps_of(plan) for plan in plans]
             ends = sorted({start + length for each in gaps for start, length in each if start})
             behind = self._dense(Path(folder), ends, indices)
             wanted = self._unpruned(self._judging)
@@ -228,7 +226,9 @@ class GapMeter:
             return lambda index, _: self._run(index, site.layer, site.layer + 1, given.read(index))
         branch = site.branch
         projection = self._stack.layers[site.layer].get_submodule(str(branch.projection))
-        old = _old_map(projection, branch)
+        old = with_bias(projection)
+        if branch.norm is not None:
+            old = torch.zeros_like(old)  # a norm follows: the map alone says nothing of the size that is added
         towards = old.repeat(1, len(targets))
         sums = []
         for indices in (fitted_on, held_out):
@@ -265,9 +265,7 @@ class GapMeter:
         seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         with watching(layer, site.watched, seen):
             out = self._run(index, site.layer, site.layer + 1, given)
-        inputs = flat(seen[str(site.branch.projection)][0]).float()
-        if projection._parameters.get("bias") is not None:
-            inputs = torch.cat([inputs, torch.ones(len(inputs), 1, device=inputs.device)], 1)
+        inputs = inputs_of(projection, seen[str(site.branch.projection)][0])
         rest = flat(out).float() - site.branch.scale * flat(seen[site.branch.path][1]).float()
         return _Rows(inputs, rest)
 
@@ -355,22 +353,3 @@ class GapMeter:
 
 
 _Readable = KeptStream | IndexedStream
-
-
-def _old_map(projection: nn.Module, branch: Branch) -> torch.Tensor:
-    """The map and bias as (inputs + 1, outputs), float64; nothing to start from where a norm follows it."""
-    weight = weight_of(projection).detach().double().T
-    bias = projection._parameters.get("bias")
-    whole = weight if bias is None else torch.cat([weight, bias.detach().double()[None]])
-    return whole if branch.norm is None else torch.zeros_like(whole)
-
-
-def _gaps_of(drop: Sequence[int]) -> list[tuple[int, int]]:
-    """First layer and length of each run of consecutive layers, in order."""
-    gaps: list[tuple[int, int]] = []
-    for layer in sorted(set(drop)):
-        if gaps and gaps[-1][0] + gaps[-1][1] == layer:
-            gaps[-1] = (gaps[-1][0], gaps[-1][1] + 1)
-        else:
-            gaps.append((layer, 1))
-    return gaps

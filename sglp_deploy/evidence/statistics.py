@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -161,3 +161,14 @@ class GapDamage:
     values: NDArray[np.float64]
     judged: NDArray[np.bool_]
     n_tokens: int
+
+
+def gaps_of(drop: Sequence[int]) -> list[tuple[int, int]]:
+    """First layer and length of each run of consecutive layers, in order."""
+    gaps: list[tuple[int, int]] = []
+    for layer in sorted(set(drop)):
+        if gaps and sum(gaps[-1]) == layer:
+            gaps[-1] = (gaps[-1][0], gaps[-1][1] + 1)
+        else:
+            gaps.append((layer, 1))
+    return gaps

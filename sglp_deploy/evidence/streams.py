@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -21,6 +21,14 @@ from sglp_deploy.models.library import evaluating
 
 if TYPE_CHECKING:
     from sglp_deploy.tasks.base import Task
+
+# Every so many minibatches one is held out: fitted on none, judged by.
+HELD_OUT_EVERY: Final = 8
+
+
+def held_out_of(n_minibatches: int) -> tuple[int, ...]:
+    """Numbers of the minibatches that are held out; the last one where there are fewer than eight."""
+    return tuple(range(HELD_OUT_EVERY - 1, n_minibatches, HELD_OUT_EVERY)) or (n_minibatches - 1,)
 
 
 class _Reached(Exception):

@@ -58,7 +58,7 @@ class Speaker:
         self.module: Any = module
         self.precision = precision
         self.device = next(module.parameters()).device
-        self.head: Any = module.get_output_embeddings()  # type: ignore[operator]
+        self.head: Any = module.get_output_embeddings()  # type: ignore[operator]  # transformers' own, not nn.Module's
         self.split = not trains_head and self._is_split()
         self.width: int = self.head.weight.shape[-1]  # of a hidden state
         self._weight: torch.Tensor | None = None

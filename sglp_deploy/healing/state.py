@@ -72,7 +72,7 @@ class Keeper:
                 if facts.get("schema") != FORMAT or facts.get("key") != self._key:
                     return None
                 standing = Standing(**json.loads(facts["standing"]))
-                tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+                tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118  # no dict: it cannot be iterated over
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None  # none, or damaged: training begins anew and ends at the same weights
         standing.evaluations = [(float(at), float(loss)) for at, loss in standing.evaluations]

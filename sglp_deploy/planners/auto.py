@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglp_deploy.errors import ConfigError, PlanError
+from sglp_deploy.evidence.statistics import gaps_of
 from sglp_deploy.planners.budget import Budget
 from sglp_deploy.planners.seam import Evidence, LayerDecision
 from sglp_deploy.planners.sglp import segments_of
@@ -55,8 +56,8 @@ class AutoPlanner:
     3. They do not quite sum up.  So the plan and its nearest neighbours (one layer exchanged, in the order of the sum)
        are repaired as a whole, from shallow to deep, and judged; the best is gone on from while the number allows.
 
-    Source: this project (docs/method.md).  Compare CoopQ and other additive models of layer interaction, and
-    LLM-Streamline (arXiv:2403.19135), which replaces one contiguous block.
+    Source: this project (docs/method.md).  Compare LLM-Streamline (arXiv:2403.19135), which replaces one
+    contiguous block.
     """
 
     name = "auto"
@@ -215,14 +216,3 @@ def _neighbours(drop: tuple[int, ...], costs: _Costs, max_parameters: int | None
                 if costs.fits(near, max_parameters):
                     found.append((costs.of(near), near))
     return (near for _, near in sorted(found))
-
-
-def gaps_of(drop: Sequence[int]) -> list[tuple[int, int]]:
-    """First layer and length of each run of consecutive layers, in order."""
-    gaps: list[tuple[int, int]] = []
-    for layer in sorted(set(drop)):
-        if gaps and sum(gaps[-1]) == layer:
-            gaps[-1] = (gaps[-1][0], gaps[-1][1] + 1)
-        else:
-            gaps.append((layer, 1))
-    return gaps

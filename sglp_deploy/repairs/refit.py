@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sglp_deploy.errors import UnsupportedModelError
-from sglp_deploy.evidence.branches import Branch, as_stored, flat, watching, weight_of
+from sglp_deploy.evidence.branches import Branch, as_stored, flat, inputs_of, watching, with_bias
 from sglp_deploy.evidence.least_squares import NormalEquations, best_ridge
 from sglp_deploy.evidence.streams import KeptStream
 from sglp_deploy.repairs.options import RefitOptions
@@ -163,21 +163,12 @@ def _fit_branch(site: Site, branch: Branch, other: Branch, ridge: float | None, 
 
 
 def _design(site: Site, rows: Rows, paths: Sequence[str]) -> torch.Tensor:
-    """Inputs of projections side by side, each with a column of ones where the projection has a bias."""
-    parts = []
-    for path in paths:
-        parts.append(rows.into[path].float())
-        if site.module.get_submodule(path)._parameters.get("bias") is not None:
-            parts.append(torch.ones(len(parts[-1]), 1, device=parts[-1].device))
-    return torch.cat(parts, 1)
+    """Inputs of projections side by side."""
+    return torch.cat([inputs_of(site.module.get_submodule(path), rows.into[path]) for path in paths], 1)
 
 
 def _weights(site: Site, path: str) -> torch.Tensor:
-    """A projection's map and bias as one (inputs + 1, outputs), float64."""
-    projection = site.module.get_submodule(path)
-    weight = weight_of(projection).detach().double().T
-    bias = projection._parameters.get("bias")
-    return weight if bias is None else torch.cat([weight, bias.detach().double()[None]])
+    return with_bias(site.module.get_submodule(path))
 
 
 def _put(site: Site, path: str, weights: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from sglp_deploy.errors import CalibrationError
 from sglp_deploy.evidence.branches import Branch, find_branches
-from sglp_deploy.evidence.streams import KeptStream, StackRunner
+from sglp_deploy.evidence.streams import KeptStream, StackRunner, held_out_of
 from sglp_deploy.models.library import evaluating
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from sglp_deploy.tasks.base import Task
 
 Progress = Callable[[str, int, int], None]  # stage, done, in all
-# Every so many minibatches one is held out: fitted on none, judged by.
-HELD_OUT_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,7 @@ class Workbench:
         self.pruned = pruned
         self.task = task
         self.batches = list(batches)
-        self.held_out = tuple(index for index in range(len(batches)) if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
-        self.held_out = self.held_out or (len(batches) - 1,)
+        self.held_out = held_out_of(len(batches))
         self._stack = stack
         self._dense = StackRunner(dense, stack, task)
         self._own = StackRunner(pruned.module, pruned.stack, task)

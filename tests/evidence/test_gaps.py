@@ -13,7 +13,8 @@ import tiny
 import zoo
 from sglp_deploy.compressor import Compressor
 from sglp_deploy.errors import CalibrationError
-from sglp_deploy.evidence.gaps import HELD_OUT_EVERY, GapMeter
+from sglp_deploy.evidence.gaps import GapMeter
+from sglp_deploy.evidence.streams import HELD_OUT_EVERY
 from sglp_deploy.evidence.text import CalibrationSet, TokenBatches
 from sglp_deploy.materialize import materialize
 from sglp_deploy.models import layer_stack
@@ -32,7 +33,7 @@ def rows(module: nn.Module, tokens: int = 2048) -> TokenBatches:
 def predictions(module: nn.Module, batches: list[object]) -> torch.Tensor:
     """Log-probabilities of every prediction on the held-out minibatches, float64."""
     with torch.inference_mode():
-        found = [TASK.logits(module, each) for each in batches[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]]  # type: ignore[arg-type]
+        found = [TASK.logits(module, each) for each in batches[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]]
     return torch.cat(found).double().log_softmax(-1)
 
 
@@ -65,7 +66,7 @@ def hidden_states(module: nn.Module, batch: object) -> list[np.ndarray]:
         )
     )
     with torch.inference_mode():
-        TASK.loss(module, batch)  # type: ignore[arg-type]
+        TASK.loss(module, batch)
     for handle in handles:
         handle.remove()
     return [each.reshape(-1, each.shape[-1]) for each in seen]
@@ -96,7 +97,7 @@ def test_a_gap_costs_what_numpy_and_a_model_with_fewer_layers_say() -> None:
             w.append(1 / (states[start + length][valid] ** 2).mean(-1))
         root = np.sqrt(np.concatenate(w))[:, None]
         sums[part] = (np.concatenate(x) * root, np.concatenate(y) * root)
-    old = module.get_submodule(projection).weight.detach().double().numpy().T  # type: ignore[union-attr,operator]
+    old = module.get_submodule(projection).weight.detach().double().numpy().T
     x, y = sums["fitted"]
     gram = x.T @ x
     found = []
@@ -107,7 +108,7 @@ def test_a_gap_costs_what_numpy_and_a_model_with_fewer_layers_say() -> None:
     weights = min(found, key=lambda each: each[0])[1]
     pruned = without(module, (2, 3))
     with torch.no_grad():
-        pruned.get_submodule(projection).weight.copy_(torch.from_numpy(weights.T))  # type: ignore[union-attr,operator]
+        pruned.get_submodule(projection).weight.copy_(torch.from_numpy(weights.T))
     wanted = divergence(module, pruned, batches)
     meter = GapMeter(module, layer_stack(module), TASK, batches)
     (chained,) = meter.chained([(2, 3)])

@@ -54,7 +54,7 @@ def test_rows_are_full_and_the_last_of_each_text_are_held_out(tmp_path: Path) ->
     texts = [CalibrationSet.from_text(file) for file in (first, second)]
     loaded = tiny.loaded()
     mix = mix_of(texts, loaded, OPTIONS)
-    letters = [int(loaded.tokenizer("ab")["input_ids"][place]) for place in (0, 1)]  # type: ignore[misc]
+    letters = [int(loaded.tokenizer("ab")["input_ids"][place]) for place in (0, 1)]
     for letter, part in zip(letters, mix.shares, strict=True):
         assert part.rows.shape[1] == part.held_out.shape[1] == 16
         assert all({*np.unique(rows)} - {258} == {letter} for rows in (part.rows, part.held_out))

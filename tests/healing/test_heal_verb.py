@@ -129,7 +129,7 @@ def test_what_is_no_number_of_tokens_is_a_usage_error(text: str, capsys: pytest.
 def test_the_text_a_plan_was_made_from_is_part_of_the_default_mix(tmp_path: Path) -> None:
     said: list[str] = []
     console = Console()
-    console.note = said.append  # type: ignore[method-assign]
+    console.note = said.append
     file = tmp_path / "mine.txt"
     file.write_text("A text that is long enough to be one.")
     made = tiny.plan_for(tiny.model(), (0, 1, 2))

@@ -23,7 +23,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows(options: HealOptions = OPTIONS, seed: int = 0) -> list[list[int]]:
-    return [row.tolist() for row in written_text(tiny.loaded(seed=seed), options).documents]  # type: ignore[union-attr]
+    return [row.tolist() for row in written_text(tiny.loaded(seed=seed), options).documents]
 
 
 def test_it_is_written_once_and_read_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,7 @@ def test_tokens_come_as_often_as_the_model_says(monkeypatch: pytest.MonkeyPatch)
         loaded.module.get_parameter("model.norm.weight").zero_()
     chances = torch.full((tiny.VOCAB_SIZE,), -1e9)
     chances[5], chances[9] = torch.tensor([1 / 3, 2 / 3]).log()
-    head = loaded.module.get_output_embeddings()  # type: ignore[operator]
+    head = loaded.module.get_output_embeddings()
     handle = head.register_forward_hook(lambda _module, _given, out: out + chances)
     monkeypatch.setattr(written, "_LENGTH", 40)
     found = write(loaded, 100, seed=0, precision=torch.float32)[:, 20:]

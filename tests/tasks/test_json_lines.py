@@ -31,5 +31,5 @@ def test_a_whole_surrogate_pair_and_a_file_of_another_system_are_read(tmp_path: 
     file = tmp_path / "items.jsonl"
     file.write_bytes(b'{"question": "\\ud83d\\ude00?", "choices": ["yes", "no"], "answer": "no"}\r\n')
     (task,) = read_tasks([str(file)])
-    (question,) = task.questions  # type: ignore[attr-defined]
+    (question,) = task.questions
     assert (question.text, question.choices, question.answer) == ("\U0001f600?", ("yes", "no"), 1)

@@ -84,7 +84,7 @@ def test_a_task_is_limited_by_its_ratio_or_by_its_difference(good: str, bad: str
 
 
 def test_a_task_of_which_less_is_better_has_its_limit_above() -> None:
-    metric = {**PIQA["metrics"]["acc_norm"], "higher_is_better": False}  # type: ignore[index]
+    metric = {**PIQA["metrics"]["acc_norm"], "higher_is_better": False}
     quality = {"tasks": {"words": {"metric": "nats", "metrics": {"nats": metric}}}}
     assert judged({"tasks": {"words": "1.02x"}}, quality=quality) == [("words", True)]
     assert judged({"tasks": {"words": "1.01x"}}, quality=quality) == [("words", False)]
