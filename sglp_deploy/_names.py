@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Final
 
 from sglp_deploy.errors import ConfigError
 
@@ -15,6 +16,15 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     close = get_close_matches(str(name), names, n=1, cutoff=0.5)
     advice = f"did you mean {close[0]!r}? the choices are" if close else "choose one of"
     return ConfigError(f"unknown {kind} {name!r}; nothing is registered under that name; {advice} {', '.join(names)}")
+
+
+PRECISIONS: Final = ("auto", "fp32", "bf16")
+"""What a caller may have matrices multiplied in; "auto" is bf16 where the processor has instructions for it."""
+
+
+def precision_faults(asked: str) -> list[str]:
+    """What is wrong with an option ``precision``; empty where nothing is."""
+    return [] if asked in PRECISIONS else list(unknown_name("precision", asked, PRECISIONS).faults)
 
 
 def may_be_hub_id(model: str) -> bool:

@@ -20,6 +20,7 @@ from torch import nn
 from sglp_deploy.errors import CalibrationError, UnsupportedModelError
 from sglp_deploy.evidence.branches import Branch, find_branches, flat, inputs_of, watching, with_bias
 from sglp_deploy.evidence.least_squares import NormalEquations, best_ridge
+from sglp_deploy.evidence.precision import computing
 from sglp_deploy.evidence.statistics import GapDamage, gaps_of
 from sglp_deploy.evidence.streams import IndexedStream, KeptStream, StackRunner, StreamWindow, held_out_of
 from sglp_deploy.models.library import evaluating
@@ -72,6 +73,7 @@ class GapMeter:
         task: Says how the model is called, what its loss is, and which positions hold data.
         batches: Calibration minibatches.
         progress: Called with (stage, done, in all).
+        precision: What the model's matrices are multiplied in.
 
     Attributes:
         work: Floating-point operations so far, two for each multiplication with a weight.
@@ -81,7 +83,13 @@ class GapMeter:
     """
 
     def __init__(
-        self, model: nn.Module, stack: LayerStack, task: Task, batches: Sequence[Any], progress: Progress | None = None
+        self,
+        model: nn.Module,
+        stack: LayerStack,
+        task: Task,
+        batches: Sequence[Any],
+        progress: Progress | None = None,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         if len(batches) < 2:
             raise CalibrationError(
@@ -91,7 +99,8 @@ class GapMeter:
         self._model, self._stack, self._task = model, stack, task
         self._batches = list(batches)
         self._progress = progress
-        self._runner = StackRunner(model, stack, task)
+        self._precision = precision
+        self._runner = StackRunner(model, stack, task, precision)
         self._held_out = held_out_of(len(batches))
         self._judging = tuple(self._first(self._held_out, JUDGED_TOKENS))
         self._fitted_on = tuple(index for index in range(len(batches)) if index not in self._held_out)
@@ -275,25 +284,26 @@ class GapMeter:
         return self._sites[layer]
 
     def _branch(self, layer: int) -> Branch | None:
-        def once() -> tuple[torch.Tensor, torch.Tensor]:
-            given = self._run(0, 0, layer, None)
-            return given, self._run(0, layer, layer + 1, given)
+        # One minibatch, for whoever asks first.  It is not in ``work``: a plan's record would depend on earlier plans.
+        finely = StackRunner(self._model, self._stack, self._task)
 
-        work = self.work
+        def once() -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.inference_mode():
+                given = finely.run(self._batches[0], 0, layer).clone()
+                return given, finely.run(self._batches[0], layer, layer + 1, given)
+
         try:
             found = find_branches(self._stack.layers[layer], once)[1]
         except UnsupportedModelError:
             return None  # no repair can be folded in there either
-        finally:
-            # One minibatch, for whoever asks first: a plan's record would depend on what was planned before it.
-            self.work = work
         return None if found.projection is None else found
 
     def _unpruned(self, indices: Sequence[int]) -> dict[int, torch.Tensor]:
         """Log-probabilities of the unpruned model on some minibatches."""
         found = {}
         for index in indices:
-            with evaluating(self._model), torch.inference_mode():
+            place = next(self._model.parameters()).device
+            with evaluating(self._model), torch.inference_mode(), computing(place, self._precision):
                 logits = self._task.logits(self._model, self._batches[index])
                 if not bool(logits.isfinite().all()):
                     raise CalibrationError(

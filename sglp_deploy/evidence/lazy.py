@@ -16,6 +16,7 @@ from torch import nn
 from sglp_deploy.errors import CalibrationError, PlanError
 from sglp_deploy.evidence.collect import collect_layer_stats
 from sglp_deploy.evidence.gaps import GapMeter
+from sglp_deploy.evidence.precision import precision_of
 from sglp_deploy.evidence.probes import PROBES, make_probes
 from sglp_deploy.evidence.probes.base import hidden_into, hidden_of
 from sglp_deploy.evidence.statistics import GapDamage, LayerStats
@@ -36,10 +37,10 @@ class _Taken:
 
     stats: dict[tuple[str, ...], LayerStats] = field(default_factory=dict)
     losses: dict[tuple[int, ...], float] = field(default_factory=dict)
-    meter: GapMeter | None = None
+    meters: dict[torch.dtype, GapMeter] = field(default_factory=dict)
     # With what each took, in forward passes.
-    gaps: dict[int, tuple[GapDamage, float]] = field(default_factory=dict)
-    repaired: dict[tuple[int, ...], tuple[float, float]] = field(default_factory=dict)
+    gaps: dict[tuple[torch.dtype, int], tuple[GapDamage, float]] = field(default_factory=dict)
+    repaired: dict[tuple[torch.dtype, tuple[int, ...]], tuple[float, float]] = field(default_factory=dict)
 
 
 class ModelEvidence:
@@ -77,7 +78,8 @@ class ModelEvidence:
         self._taken = _Taken()
         self._used: list[LayerStats] = []
         self._ran = False  # whether the model ran for this view in another way than a pass with probes
-        self._passes: dict[Any, float] = {}  # work of the repaired gaps and plans that this view has asked for
+        # Work of the repaired gaps and plans that this view has asked for.
+        self._passes: dict[tuple[torch.dtype, Any], float] = {}
         self.seed = seed
         self.groups: tuple[tuple[int, ...], ...] = ()
 
@@ -146,43 +148,51 @@ class ModelEvidence:
             self._taken.losses[gone] = self._loss(gone)
         return self._taken.losses[gone]
 
-    def gap_damage(self, longest: int) -> GapDamage:
+    def gap_damage(self, longest: int, *, precision: str = "auto") -> GapDamage:
         """What every gap of up to ``longest`` layers does to the predictions after the layer before it is fitted.
+
+        Args:
+            longest: Layers in one gap, at most.
+            precision: What the model's matrices are multiplied in: "fp32", "bf16", or "auto" (bf16 where the processor
+                multiplies it).
 
         Raises:
             CalibrationError: If the calibration rows cannot support it.
             StorageError: If hidden states cannot be kept on disk.
         """
-        if longest not in self._taken.gaps:
-            meter = self._meter()
+        dtype = precision_of(precision, self._model)
+        if (dtype, longest) not in self._taken.gaps:
+            meter = self._meter(dtype)
             before = meter.passes
-            self._taken.gaps[longest] = (meter.damage(longest), meter.passes - before)
-        found, self._passes[longest] = self._taken.gaps[longest]
+            self._taken.gaps[dtype, longest] = (meter.damage(longest), meter.passes - before)
+        found, self._passes[dtype, longest] = self._taken.gaps[dtype, longest]
         return found
 
-    def damage_repaired(self, plans: Sequence[Sequence[int]]) -> list[float]:
+    def damage_repaired(self, plans: Sequence[Sequence[int]], *, precision: str = "auto") -> list[float]:
         """What each plan does to the predictions with the layer before each gap fitted, on rows nothing was fitted on.
 
         Args:
             plans: Layers that are removed, for each plan.
+            precision: As for :meth:`gap_damage`.
 
         Raises:
             PlanError: If there is no such layer.
             CalibrationError: If the calibration rows cannot support it.
             StorageError: If hidden states cannot be kept on disk.
         """
-        wanted = [tuple(sorted(set(plan))) for plan in plans]
-        for plan in wanted:
+        dtype = precision_of(precision, self._model)
+        wanted = [(dtype, tuple(sorted(set(plan)))) for plan in plans]
+        for _, plan in wanted:
             self._check(plan, self.n_layers - 1)
-        new = [plan for plan in dict.fromkeys(wanted) if plan not in self._taken.repaired]
+        new = [key for key in dict.fromkeys(wanted) if key not in self._taken.repaired]
         if new:
-            meter = self._meter()
+            meter = self._meter(dtype)
             before = meter.passes
-            losses = meter.chained(new)
+            losses = meter.chained([plan for _, plan in new])
             share = (meter.passes - before) / len(new)
-            self._taken.repaired |= {plan: (loss, share) for plan, loss in zip(new, losses, strict=True)}
-        self._passes |= {plan: self._taken.repaired[plan][1] for plan in wanted}
-        return [self._taken.repaired[plan][0] for plan in wanted]
+            self._taken.repaired |= {key: (loss, share) for key, loss in zip(new, losses, strict=True)}
+        self._passes |= {key: self._taken.repaired[key][1] for key in wanted}
+        return [self._taken.repaired[key][0] for key in wanted]
 
     def hidden(
         self, boundaries: Sequence[int], *, without: Sequence[int] = ()
@@ -237,7 +247,8 @@ class ModelEvidence:
             return {"counts": {}, "options": {}, "elapsed_s": 0.0}
         batches = self._make_batches()
         counts = {"n_samples": batches.n_samples, "n_tokens": batches.n_tokens, "n_rows": 0, **repaired}
-        return {"counts": counts, "options": {}, "elapsed_s": 0.0}
+        types = sorted({str(dtype).removeprefix("torch.") for dtype, _ in self._passes})
+        return {"counts": counts, "options": {"precision": types} if types else {}, "elapsed_s": 0.0}
 
     def view(self, groups: Sequence[Sequence[int]] = ()) -> ModelEvidence:
         """The same evidence for one decision: what was measured is shared, the record begins anew."""
@@ -285,11 +296,12 @@ class ModelEvidence:
             )
         return mean
 
-    def _meter(self) -> GapMeter:
-        if self._taken.meter is None:
+    def _meter(self, precision: torch.dtype) -> GapMeter:
+        if precision not in self._taken.meters:
             batches = list(self._batches())
-            self._taken.meter = GapMeter(self._model, self._stack, self._task, batches, self._progress)
-        return self._taken.meter
+            made = GapMeter(self._model, self._stack, self._task, batches, self._progress, precision)
+            self._taken.meters[precision] = made
+        return self._taken.meters[precision]
 
     def _stage(self, name: str) -> Callable[[int, int], None] | None:
         report = self._progress

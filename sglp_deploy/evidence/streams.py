@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sglp_deploy.errors import StorageError, UnsupportedModelError
+from sglp_deploy.evidence.precision import computing
 from sglp_deploy.evidence.probes.base import hidden_into, hidden_of
 from sglp_deploy.models import LayerStack
 from sglp_deploy.models.library import evaluating
@@ -131,11 +132,15 @@ class StackRunner:
         module: The model; it is left as it was.
         stack: Its layers.
         task: Knows how to call the model.
+        precision: What matrices are multiplied in; what is added up between them stays as it is.
     """
 
-    def __init__(self, module: nn.Module, stack: LayerStack, task: Task) -> None:
+    def __init__(
+        self, module: nn.Module, stack: LayerStack, task: Task, precision: torch.dtype = torch.float32
+    ) -> None:
         self.module = module
         self.stack = stack
+        self._precision = precision
         self._task = task
         self._parts: list[int] | None = None  # entries of each layer's output; 0 for a bare tensor
 
@@ -154,6 +159,7 @@ class StackRunner:
         first = 0 if hidden is None else start
         with ExitStack() as cleanup:
             cleanup.enter_context(evaluating(self.module))
+            cleanup.enter_context(computing(next(self.module.parameters()).device, self._precision))
             if first:
                 cleanup.enter_context(self._skipping(batch, range(first)))
             if hidden is not None:
@@ -175,6 +181,7 @@ class StackRunner:
         entry = self.stack.layers[min(start, self.stack.n_layers - 1)]
         with ExitStack() as cleanup:
             cleanup.enter_context(evaluating(self.module))
+            cleanup.enter_context(computing(next(self.module.parameters()).device, self._precision))
             cleanup.enter_context(self._skipping(batch, range(start)))
             giving = _giving(hidden.to(place.device, place.dtype))
             cleanup.callback(entry.register_forward_pre_hook(giving, with_kwargs=True).remove)

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from sglp_deploy import _io
 from sglp_deploy.errors import CalibrationError, PlanError
+from sglp_deploy.evidence.precision import precision_of
 from sglp_deploy.evidence.text import TokenBatches
 from sglp_deploy.healing import parallel
 from sglp_deploy.healing.losses import Speaker, nats
-from sglp_deploy.healing.precision import precision_of
 from sglp_deploy.healing.state import Keeper, key_of
 from sglp_deploy.healing.student import Student, student_of
 from sglp_deploy.healing.training import Progress, Training

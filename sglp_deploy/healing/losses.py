@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from sglp_deploy.healing.precision import computing
+from sglp_deploy.evidence.precision import computing
 from sglp_deploy.models.library import evaluating
 
 _PIECE: Final = 128  # tokens whose logits exist at once: their 25 MB (49,152 entries) stay near the processor

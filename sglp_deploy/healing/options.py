@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, cast
 
-from sglp_deploy._names import unknown_name
+from sglp_deploy._names import precision_faults
 from sglp_deploy.errors import ConfigError
 from sglp_deploy.planners.registry import options_from
-
-PRECISIONS: Final = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,7 @@ class HealOptions:
             faults.append(f"weight_decay={self.weight_decay} is negative; weights would grow; give 0 or more")
         if self.lora and self.embeddings:
             faults.append("lora and embeddings exclude each other; LoRA changes layers only; leave one of them out")
-        if self.precision not in PRECISIONS:
-            faults += unknown_name("precision", self.precision, PRECISIONS).faults
+        faults += precision_faults(self.precision)
         if faults:
             raise ConfigError(faults)
 

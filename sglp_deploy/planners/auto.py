@@ -10,6 +10,7 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
+from sglp_deploy._names import precision_faults
 from sglp_deploy.errors import ConfigError, PlanError
 from sglp_deploy.evidence.statistics import gaps_of
 from sglp_deploy.planners.budget import Budget
@@ -27,14 +28,17 @@ class AutoOptions:
         longest: Layers in one gap, at most.
         judged: Whole plans that are repaired and judged after the dynamic programming, at most; 0 takes its answer.
         segments: Whether every segment that SGLP finds keeps a layer.
+        precision: What the model's matrices are multiplied in: "fp32", "bf16", or "auto" (bf16 where the processor
+            multiplies it).
 
     Raises:
-        ConfigError: If a number is out of range.
+        ConfigError: If a number is out of range, or the precision unknown.
     """
 
     longest: int = 8
     judged: int = 12
     segments: bool = False
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         faults = [
@@ -42,6 +46,7 @@ class AutoOptions:
             for name, least in (("longest", 1), ("judged", 0))
             if getattr(self, name) < least
         ]
+        faults += precision_faults(self.precision)
         if faults:
             raise ConfigError(faults)
 
@@ -74,12 +79,12 @@ class AutoPlanner:
         if evidence.groups:
             longest = max(longest, *(len(group) for group in evidence.groups))
         started = perf_counter()
-        gaps = evidence.gap_damage(longest)
+        gaps = evidence.gap_damage(longest, precision=options.precision)
         measured = perf_counter()
         costs = _Costs(gaps.values, evidence, segments)
         drop = costs.cheapest(wanted, budget.max_parameters)
         programmed = perf_counter()
-        drop = _with_swaps(drop, costs, evidence, budget.max_parameters, options.judged)
+        drop = _with_swaps(drop, costs, evidence, budget.max_parameters, options)
         swapped = perf_counter()
         alone = gaps.values[:, 0]
         return LayerDecision(
@@ -186,9 +191,10 @@ class _Costs:
 
 
 def _with_swaps(
-    drop: tuple[int, ...], costs: _Costs, evidence: Evidence, max_parameters: int | None, most: int
+    drop: tuple[int, ...], costs: _Costs, evidence: Evidence, max_parameters: int | None, options: AutoOptions
 ) -> tuple[int, ...]:
     """The best of a plan and its neighbours once they are repaired; goes on from a better one."""
+    most = options.judged
     if not drop or most < 2 or evidence.groups:
         return drop
     found: dict[tuple[int, ...], float] = {}
@@ -197,7 +203,7 @@ def _with_swaps(
         near = [each for each in (best, *_neighbours(best, costs, max_parameters)) if each not in found]
         # Half of what is left, so that a better plan's own neighbours are seen too.
         turn = near[: math.ceil((most - len(found)) / 2)]
-        found |= dict(zip(turn, evidence.damage_repaired(turn), strict=True))
+        found |= dict(zip(turn, evidence.damage_repaired(turn, precision=options.precision), strict=True))
         better = min(found, key=lambda each: found[each])
         if better == best or not turn:
             break

@@ -41,11 +41,14 @@ class Evidence(LayerFacts, Protocol):
         """Mean loss on the calibration rows with ``layers`` passed over, nats per prediction."""
         ...
 
-    def gap_damage(self, longest: int) -> GapDamage:
-        """What every gap of up to ``longest`` layers does to the predictions after the layer before it is fitted."""
+    def gap_damage(self, longest: int, *, precision: str = "auto") -> GapDamage:
+        """What every gap of up to ``longest`` layers does to the predictions after the layer before it is fitted.
+
+        Matrices are multiplied in ``precision``: "fp32", "bf16", or "auto" (bf16 where the processor multiplies it).
+        """
         ...
 
-    def damage_repaired(self, plans: Sequence[Sequence[int]]) -> list[float]:
+    def damage_repaired(self, plans: Sequence[Sequence[int]], *, precision: str = "auto") -> list[float]:
         """What each plan does to the predictions with the layer before each of its gaps fitted."""
         ...
 
@@ -179,22 +182,22 @@ class FixedEvidence:
             raise self._needs_model("the loss without some layers")
         return self.stats.loss
 
-    def gap_damage(self, longest: int) -> GapDamage:
+    def gap_damage(self, longest: int, *, precision: str = "auto") -> GapDamage:
         """Not known without a model.
 
         Raises:
             PlanError: Always.
         """
-        del longest
+        del longest, precision
         raise self._needs_model("losses of repaired gaps")
 
-    def damage_repaired(self, plans: Sequence[Sequence[int]]) -> list[float]:
+    def damage_repaired(self, plans: Sequence[Sequence[int]], *, precision: str = "auto") -> list[float]:
         """Not known without a model.
 
         Raises:
             PlanError: Always.
         """
-        del plans
+        del plans, precision
         raise self._needs_model("losses of repaired plans")
 
     def hidden(

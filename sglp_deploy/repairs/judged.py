@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglp_deploy import _io
 from sglp_deploy.errors import PlanError, UnsupportedModelError
+from sglp_deploy.evidence.precision import precision_of
 from sglp_deploy.materialize import materialize
 from sglp_deploy.models import layer_stack
 from sglp_deploy.overlay import Overlay
@@ -72,7 +73,9 @@ def repaired(
     why = ""
     with tempfile.TemporaryDirectory(prefix="sglp-repair-") as folder:
         stack = layer_stack(loaded.module, plan.stack)
-        bench = Workbench(loaded.module, stack, pruned, task, list(batches), Path(folder), progress)
+        # A third party's repair that says nothing of it gets the model as it is.
+        precision = precision_of(getattr(chosen, "precision", "fp32"), loaded.module)
+        bench = Workbench(loaded.module, stack, pruned, task, list(batches), Path(folder), progress, precision)
         dense, before = bench.loss(loaded.module), bench.loss(pruned.module)
         try:
             fitted = made.fit(bench, chosen)
@@ -84,6 +87,7 @@ def repaired(
         "repair": method,
         "source": made.source,
         "options": asdict(chosen),
+        "precision": str(precision).removeprefix("torch."),
         "calibration": {
             **(dict(calibration) if calibration else {"digest": batches.digest}),
             "n_tokens": batches.n_tokens,

@@ -36,7 +36,7 @@ class Local:
         """See :class:`sglp_deploy.repairs.seam.Repair`."""
         windows = list(_windows(bench, options.window, later=options.later))
         behind = bench.dense(sorted({boundary for _, _, boundary in windows}))
-        refitted = Refit().fit(bench, RefitOptions())
+        refitted = Refit().fit(bench, RefitOptions(precision=options.precision))
         trained: list[dict[str, Any]] = []
         not_done = list(refitted.not_done)
         stream, at = None, 0

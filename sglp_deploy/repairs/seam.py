@@ -30,7 +30,8 @@ class Repair(Protocol):
         name: What users call it.
         source: The paper, or where else the rule comes from.
         Options: A frozen dataclass of what a caller may ask of it, each field with a default; its ``__post_init__`` may
-            raise :class:`sglp_deploy.errors.ConfigError`.
+            raise :class:`sglp_deploy.errors.ConfigError`.  A field ``precision`` ("auto", "fp32", "bf16") says what the
+            model's matrices are multiplied in; without one it is the model's own type.
     """
 
     name: str

@@ -13,6 +13,7 @@ from torch import nn
 
 from sglp_deploy.errors import CalibrationError
 from sglp_deploy.evidence.branches import Branch, find_branches
+from sglp_deploy.evidence.precision import computing
 from sglp_deploy.evidence.streams import KeptStream, StackRunner, held_out_of
 from sglp_deploy.models.library import evaluating
 
@@ -48,6 +49,7 @@ class Workbench:
         batches: Calibration minibatches.
         folder: For hidden states; empty.
         progress: Called with (stage, done, in all).
+        precision: What matrices are multiplied in.
 
     Raises:
         CalibrationError: If there are fewer than two minibatches, so that none could be held out.
@@ -62,6 +64,7 @@ class Workbench:
         batches: Sequence[Any],
         folder: Path,
         progress: Progress | None = None,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         if len(batches) < 2:
             raise CalibrationError(
@@ -73,8 +76,11 @@ class Workbench:
         self.batches = list(batches)
         self.held_out = held_out_of(len(batches))
         self._stack = stack
-        self._dense = StackRunner(dense, stack, task)
-        self._own = StackRunner(pruned.module, pruned.stack, task)
+        self._dense = StackRunner(dense, stack, task, precision)
+        self._own = StackRunner(pruned.module, pruned.stack, task, precision)
+        # Sums are told from rounding only where both are fine.
+        self._finely = StackRunner(pruned.module, pruned.stack, task)
+        self._precision = precision
         self._folder = folder
         self._progress = progress
         self._behind: dict[int, KeptStream] = {}
@@ -167,9 +173,9 @@ class Workbench:
         """The branches of a layer of the pruned model, found on one minibatch; see :func:`find_branches`."""
 
         def once() -> tuple[torch.Tensor, torch.Tensor]:
-            given = self.states(0, layer)
             with torch.inference_mode():
-                return given, self.run(0, layer, layer + 1, given)
+                given = self._finely.run(self.batches[0], 0, layer).clone()
+                return given, self._finely.run(self.batches[0], layer, layer + 1, given)
 
         return find_branches(self.layers[layer], once)
 
@@ -226,7 +232,8 @@ class Workbench:
         """Mean loss of ``module`` on the held-out minibatches, per prediction; infinity where it is not finite."""
         total, count = 0.0, 0
         for index in self.held_out:
-            with evaluating(module), torch.inference_mode():
+            place = next(module.parameters()).device
+            with evaluating(module), torch.inference_mode(), computing(place, self._precision):
                 mean, predictions = self.task.loss(module, self.batches[index])
             total += float(mean) * predictions
             count += predictions

@@ -35,12 +35,12 @@ class Measured(FixedEvidence):
     interaction: float = 0.0
     asked: list[tuple[int, ...]] = field(default_factory=list)
 
-    def gap_damage(self, longest: int) -> GapDamage:
+    def gap_damage(self, longest: int, *, precision: str = "auto") -> GapDamage:
         """The planted ones."""
         added = self.added[:, :longest]
         return GapDamage(added, np.isfinite(added), 100)
 
-    def damage_repaired(self, plans: Sequence[Sequence[int]]) -> list[float]:
+    def damage_repaired(self, plans: Sequence[Sequence[int]], *, precision: str = "auto") -> list[float]:
         """The sum of the gaps, and something for the number of gaps that the sum does not know."""
         self.asked.extend(map(tuple, plans))
         return [self.sum_of(plan) + self.interaction * len(gaps_of(plan)) for plan in plans]

@@ -85,7 +85,7 @@ def test_a_repair_that_helps_becomes_the_plan_s_overlay(
     (record,) = made.overlay["made_by"]
     assert record["repair"] == "refit"
     assert (record["loss_dense"], record["loss_before"], record["loss_after"]) == (3.0, 5.0, 4.0)
-    assert record["options"] == {"ridge": 0.1, "attention": True, "later": False}
+    assert record["options"] == {"ridge": 0.1, "attention": True, "later": False, "precision": "auto"}
     assert record["calibration"]["source"] == "builtin:calibration"
     assert record["calibration"]["n_minibatches"] == 4
     assert record["calibration"]["n_held_out"] == 1
@@ -228,6 +228,8 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("refit", {"ridge": "-1"}, r"ridge=-1\.0 must be above 0; it is a pull towards the old weights; leave it out"),
         ("refit", {"attention": "perhaps"}, "attention='perhaps' does not fit repair 'refit'"),
         ("linear", {"ridge": 0}, r"ridge=0\.0 must be above 0"),
+        ("refit", {"precision": "fp16"}, "unknown precision 'fp16'; .*auto, bf16, fp32"),
+        ("local", {"precision": "bf61"}, "unknown precision 'bf61'; .*did you mean 'bf16'"),
         ("scale", {"alpha": 2}, "repair 'scale' takes no options"),
         ("local", {"epochs": 0, "window": 0}, r"epochs=0 must be at least 1(.|\n)*window=0 must be at least 1"),
         ("local", {"learning_rate": 2}, r"learning_rate=2\.0 must lie between 0 and 1"),

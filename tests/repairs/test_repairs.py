@@ -51,14 +51,16 @@ def workbench(tmp_path: Path) -> Iterator[Make]:
     """Makes a bench, and afterwards checks that the unpruned model is bit for bit as it was."""
     made: list[tuple[nn.Module, dict[str, torch.Tensor]]] = []
 
-    def make(family: str, drop: tuple[int, ...] = DROP, tokens: int = 2048) -> Workbench:
+    def make(
+        family: str, drop: tuple[int, ...] = DROP, tokens: int = 2048, precision: torch.dtype = torch.float32
+    ) -> Workbench:
         model = loaded(family)
         made.append((model.module, {name: value.clone() for name, value in model.module.state_dict().items()}))
         stack = layer_stack(model.module)
         keep = tuple(index for index in range(stack.n_layers) if index not in drop)
         pruned = materialize(model.module, tiny.plan_for(model.module, keep), model.source)
         text = CalibrationSet.builtin(max_tokens=tokens, sequence_length=64).encode(model.tokenizer)
-        return Workbench(model.module, stack, pruned, LanguageTask(), list(text), tmp_path)
+        return Workbench(model.module, stack, pruned, LanguageTask(), list(text), tmp_path, precision=precision)
 
     yield make
     for module, before in made:
@@ -277,3 +279,33 @@ def test_local_comes_out_the_same_for_the_same_seed(workbench: Make) -> None:
         results.append(bench.changed)
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mixtral"])
+def test_products_in_bfloat16_give_nearly_the_same_fit_and_leave_weights_float32(
+    family: str, workbench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[torch.dtype] = set()
+    multiply = nn.functional.linear
+    monkeypatch.setattr(
+        nn.functional, "linear", lambda *given, **more: (out := multiply(*given, **more), seen.add(out.dtype))[0]
+    )
+    found = []
+    for precision in (torch.float32, torch.bfloat16):
+        bench = workbench(family, precision=precision)
+        fitted = Refit().fit(bench, RefitOptions(ridge=0.1))
+        found.append((fitted.facts["fits"], bench.changed))
+    (fine, _), (coarse, changed) = found
+    assert [each["projection"] for each in coarse] == [each["projection"] for each in fine]
+    for one, other in zip(coarse, fine, strict=True):
+        assert one["distance_after"] == pytest.approx(other["distance_after"], rel=0.05)
+    assert all(tensor.dtype is torch.float32 for tensor in changed.values())
+    if family == "llama":
+        assert torch.bfloat16 in seen
+
+
+def test_local_in_bfloat16_trains_and_leaves_weights_float32(workbench: Make) -> None:
+    bench = workbench("llama", drop=(2, 4), precision=torch.bfloat16)
+    fitted = Local().fit(bench, LocalOptions(learning_rate=3e-4, epochs=3))
+    assert fitted.facts["trained"], fitted.not_done
+    assert all(tensor.dtype is torch.float32 for tensor in bench.changed.values())

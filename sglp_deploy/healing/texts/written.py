@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from sglp_deploy import _io
 from sglp_deploy.errors import CalibrationError, StorageError
+from sglp_deploy.evidence.precision import computing, precision_of
 from sglp_deploy.evidence.text import CalibrationSet
-from sglp_deploy.healing.precision import computing, precision_of
 from sglp_deploy.models.library import evaluating
 
 if TYPE_CHECKING:

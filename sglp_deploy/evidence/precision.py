@@ -1,4 +1,4 @@
-"""What matrices are multiplied in while a model is healed; its weights stay float32."""
+"""What matrices are multiplied in while a model is measured, repaired or healed; its weights keep their type."""
 
 from __future__ import annotations
 
