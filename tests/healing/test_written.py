@@ -77,6 +77,28 @@ def test_tokens_come_as_often_as_the_model_says(monkeypatch: pytest.MonkeyPatch)
     assert np.mean(found == 5) == pytest.approx(1 / 3, abs=0.05)
 
 
+def test_a_model_with_a_chat_template_writes_conversations_by_turns() -> None:
+    loaded = tiny.loaded()
+    template = "<|user|>{{ messages[0]['content'] }}<|end|>"
+    loaded.tokenizer.chat_template = template
+    opening = loaded.tokenizer("<|user|>", add_special_tokens=False)["input_ids"]
+    found = write(loaded, 140, seed=0, precision=torch.float32)
+    asked = (found[:, : len(opening)] == opening).all(1)
+    assert asked.tolist() == [False] * 64 + [True] * 64 + [False] * 12
+    assert len({tuple(row) for row in found[64:128].tolist()}) == 64  # one opening, and as many conversations
+
+
+@pytest.mark.parametrize(
+    "template", [None, "{{ raise_exception('only tools') }}", "no message", "{{ messages[0].content }}"]
+)
+def test_without_words_before_the_user_s_it_writes_running_text_alone(template: str | None) -> None:
+    loaded = tiny.loaded()
+    loaded.tokenizer.chat_template = None
+    plain = write(loaded, 70, seed=0, precision=torch.float32)
+    loaded.tokenizer.chat_template = template
+    assert np.array_equal(write(loaded, 70, seed=0, precision=torch.float32), plain)
+
+
 def test_less_than_one_piece_is_refused() -> None:
     with pytest.raises(
         CalibrationError, match=r"written=100 tokens are less than one piece of 128; .*name other texts"

@@ -1,11 +1,14 @@
 """Text that the unpruned model writes itself: what it knows and a calibration text may not show.
 
-It is sampled at temperature 1, so it has the model's own distribution, and kept under the user's cache folder.
+It is sampled at temperature 1, so it has the model's own distribution, and kept under the user's cache folder.  A model
+with a chat template writes conversations as well: it is given what stands before a user's message, and goes on with
+the question and then with its answer (Magpie, arXiv:2406.08464).
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +29,12 @@ if TYPE_CHECKING:
     from sglp_deploy.models import LoadedModel
 
 SOURCE: Final = "written by the unpruned model"
-_RECIPE = 1  # in the key of what is cached; raise it when what is written changes
+_RECIPE = 2  # in the key of what is cached; raise it when what is written changes
 _LENGTH = 128  # tokens of a piece
-_TOGETHER = 128  # pieces that are written at once
+_TOGETHER = 64  # pieces that are written at once
+_MARK = "[message]"  # stands for the user's words where a chat template is read
+
+logger = logging.getLogger(__name__)
 
 # How texts of many kinds begin.
 _OPENINGS = (
@@ -92,16 +98,21 @@ def write(
     """Sample ``pieces`` of 128 tokens each, shape (pieces, 128); the same for the same seed on the same machine."""
     model: Any = loaded.module
     device = next(model.parameters()).device
-    openings = _opening_tokens(loaded)
+    openings, chat = _opening_tokens(loaded), _chat_opening(loaded)
+    # A length is drawn as often as it has openings, or the few long ones would begin half of all pieces.
+    lengths = np.repeat(np.arange(len(openings)), [len(each) for each in openings])
     draws = np.random.default_rng([seed, _RECIPE])
     made: list[NDArray[np.int64]] = []
     generator = torch.Generator(device="cpu").manual_seed(seed)
     with torch.inference_mode(), evaluating(model), computing(device, precision):
         for start in range(0, pieces, _TOGETHER):
             count = min(_TOGETHER, pieces - start)
-            # Openings of one length go together, so nothing is padded.
-            chosen = openings[int(draws.integers(len(openings)))]
-            chosen = chosen[draws.integers(len(chosen), size=count)]
+            if chat is not None and start // _TOGETHER % 2:
+                chosen = np.repeat(chat[None], count, 0)
+            else:
+                # Openings of one length go together, so nothing is padded.
+                chosen = openings[int(draws.choice(lengths))]
+                chosen = chosen[draws.integers(len(chosen), size=count)]
             made.append(_continued(model, torch.from_numpy(chosen).to(device), generator))
             if progress is not None:
                 progress("text of the unpruned model", start + count, pieces)
@@ -132,3 +143,18 @@ def _opening_tokens(loaded: LoadedModel) -> list[NDArray[np.int64]]:
         ids = list(loaded.tokenizer(words, verbose=False)["input_ids"])
         by_length.setdefault(len(ids), []).append(ids)
     return [np.array(by_length[length], dtype=np.int64) for length in sorted(by_length) if length < _LENGTH]
+
+
+def _chat_opening(loaded: LoadedModel) -> NDArray[np.int64] | None:
+    """What a conversation has before the user's first word; None without a chat template that says so."""
+    tokenizer: Any = loaded.tokenizer
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        text = str(tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False))
+    except Exception as error:  # noqa: BLE001  # a template is a program of its author's and may raise anything
+        logger.info("the chat template is not used to write text: %s", error)
+        return None
+    before, found, _ = text.partition(_MARK)
+    ids = np.array(tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    return ids if found and 0 < len(ids) <= _LENGTH // 2 else None
