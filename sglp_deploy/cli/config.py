@@ -264,7 +264,7 @@ class RunConfig(Settings):
         """
         file = Path(path)
         try:
-            content = tomllib.loads(file.read_text(encoding="utf-8"))
+            content = tomllib.loads(file.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ConfigError(f"{file} cannot be read; {error.strerror}; check the path") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -16,6 +16,7 @@ from typing import Any
 from sglp_deploy import _io, registry
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import ArtifactError, ConfigError
+from sglp_deploy.evidence.documents import read_text
 from sglp_deploy.isolation import lock
 from sglp_deploy.overlay import OVERLAY_FILE
 from sglp_deploy.planners.registry import PLANNER_GROUP, PLANNERS
@@ -128,8 +129,11 @@ def model_digest(model: str) -> str:
 
 def text_digest(given: str | None) -> str:
     """Of a text file its bytes, so its content decides and not its name; otherwise the name itself."""
-    if given is not None and Path(given).is_file():
-        return _io.sha256_file(Path(given))
+    path = Path(given or "builtin")
+    if path.is_file():
+        return _io.sha256_file(path)
+    if path.is_fifo():
+        return _io.sha256_json(read_text(path, "text"))
     return given or "builtin"
 
 

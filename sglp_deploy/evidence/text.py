@@ -7,7 +7,6 @@ Python.  It is split by topic into calibration and held-out text.  So a plan is 
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from sglp_deploy import _io
 from sglp_deploy.errors import CalibrationError, ConfigError
+from sglp_deploy.evidence.documents import MIN_CHARACTERS, as_written, documents_of, pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 BUILTIN = "builtin"
 # One topic in four is held out; the share is by count of topics, decided by a hash of the topic's name.
 _HELD_OUT_SHARE = 4
-# A document shorter than this says nothing about language (a stray heading).
-_MIN_CHARACTERS = 20
-_JSON_TEXT_KEYS = ("text", "content", "prompt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,20 +108,13 @@ class CalibrationSet:
 
     @classmethod
     def from_text(cls, path: str | Path, **options: Any) -> CalibrationSet:
-        """A text file (documents are separated by blank lines) or JSON lines (``.jsonl``, key "text").
+        """A file of prose or JSON lines; see :func:`sglp_deploy.evidence.documents.documents_of`.
 
         Raises:
-            ConfigError: If the file is missing, unreadable or not UTF-8.
+            ConfigError: If the file is missing, unreadable, not UTF-8, or none of its JSON lines is known.
             CalibrationError: If it holds no text.
         """
-        file = Path(path)
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise ConfigError(f"calibration text {file} cannot be read; {reason}; check the path") from error
-        documents = _json_lines(file, text) if file.suffix in (".jsonl", ".json") else _paragraphs(text)
-        return cls(tuple(documents), str(file), **options)
+        return cls(tuple(documents_of(path)), str(Path(path)), **options)
 
     @classmethod
     def from_dataset(cls, name: str, *, split: str = "train", column: str = "text", **options: Any) -> CalibrationSet:
@@ -152,7 +142,7 @@ class CalibrationSet:
         try:
             for row in datasets.load_dataset(repository, configuration or None, split=split, streaming=True):
                 text = str(row[column])
-                if len(text.strip()) >= _MIN_CHARACTERS:
+                if len(text.strip()) >= MIN_CHARACTERS:
                     documents.append(text)
                     characters += len(text)
                 if characters >= wanted:
@@ -208,8 +198,10 @@ class CalibrationSet:
                         f"{self.source} is text, but the model has no tokenizer; add tokenizer files to the model's "
                         "folder, or pass CalibrationSet.from_token_ids"
                     )
-                ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-                stream.extend(ids)
+                for piece in pieces(as_written(document, tokenizer)):
+                    stream.extend(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
+                    if len(stream) >= self.max_tokens:
+                        break
                 if tokenizer.eos_token_id is not None:
                     stream.append(tokenizer.eos_token_id)
             else:
@@ -245,37 +237,6 @@ def row_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
 
 
-def _paragraphs(text: str) -> list[str]:
-    blocks = (block.strip() for block in text.replace("\r\n", "\n").split("\n\n"))
-    kept = [block for block in blocks if len(block) >= _MIN_CHARACTERS]
-    # A file of a few short lines is still text.
-    return kept or ([text.strip()] if text.strip() else [])
-
-
-def _json_lines(file: Path, text: str) -> list[str]:
-    documents = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"{file} line {number} is not JSON; {error.msg}; one JSON object a line is read"
-            ) from error
-        found = record if isinstance(record, str) else None
-        if isinstance(record, dict):
-            found = next((record[key] for key in _JSON_TEXT_KEYS if isinstance(record.get(key), str)), None)
-        if found is None:
-            raise ConfigError(
-                f"{file} line {number} has no text; one of the keys {', '.join(_JSON_TEXT_KEYS)} was expected; rename "
-                "the key"
-            )
-        if found.strip():
-            documents.append(found)
-    return documents
-
-
 def _builtin_documents(*, held_out: bool) -> tuple[str, ...]:
     from pydoc_data.topics import topics
 
@@ -292,7 +253,7 @@ def _builtin_documents(*, held_out: bool) -> tuple[str, ...]:
         "\n\n".join(paragraph for paragraph in document.split("\n\n") if _squeezed(paragraph) not in known)
         for document in rest
     )
-    return tuple(dict.fromkeys(document for document in own if len(document) >= _MIN_CHARACTERS))
+    return tuple(dict.fromkeys(document for document in own if len(document) >= MIN_CHARACTERS))
 
 
 def _squeezed(paragraph: str) -> str:

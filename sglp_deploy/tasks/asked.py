@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from sglp_deploy._names import unknown_name
 from sglp_deploy.errors import ConfigError
+from sglp_deploy.evidence.documents import lines_of, read_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -134,13 +135,7 @@ def read_lines(path: str) -> list[tuple[int, str]]:
     Raises:
         ConfigError: If it is missing, unreadable, not UTF-8 or empty.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"task file {path} cannot be read; {reason}; check the path") from error
-    # Not splitlines, which also cuts at characters that JSON allows in a text.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = lines_of(read_text(path, "task file"))
     if not lines:
         raise ConfigError(f"task file {path} is empty; there is nothing to judge by; one item a line is read")
     return lines

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Final, cast
 
 from sglp_deploy import _io
 from sglp_deploy.errors import ConfigError
+from sglp_deploy.evidence.documents import is_json_lines
+from sglp_deploy.evidence.json_lines import value_of
 from sglp_deploy.tasks.asked import read_lines
-from sglp_deploy.tasks.json_lines import value_of
 from sglp_deploy.tasks.scores import Scores
 
 if TYPE_CHECKING:
@@ -59,9 +60,11 @@ class LastWord:
             ConfigError: If the file is missing, unreadable or empty, or a line is wrong; the first such line is named.
         """
         passages = []
-        for number, line in read_lines(path)[:limit]:
+        lines = read_lines(path)[:limit]
+        as_json = is_json_lines(path, lines[0][1])
+        for number, line in lines:
             place = f"{path} line {number}"
-            passages.append(_passage(_text(line, place) if path.endswith((".jsonl", ".json")) else line, place))
+            passages.append(_passage(_text(line, place) if as_json else line, place))
         return cls(Path(path).stem, path, tuple(passages))
 
     def scores(

@@ -10,8 +10,8 @@ import numpy as np
 
 from sglp_deploy import _io
 from sglp_deploy.errors import ConfigError
+from sglp_deploy.evidence.json_lines import value_of
 from sglp_deploy.tasks.asked import CHOICE, read_lines
-from sglp_deploy.tasks.json_lines import value_of
 from sglp_deploy.tasks.scores import Scores
 
 if TYPE_CHECKING:

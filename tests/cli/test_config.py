@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import threading
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,12 @@ import pytest
 
 import cli_runs
 from sglp_deploy.cli import config as config_module
+from sglp_deploy.cli import ledger, verbs
 from sglp_deploy.cli import main as main_module
-from sglp_deploy.cli import verbs
 from sglp_deploy.cli.config import Export, RunConfig
 from sglp_deploy.cli.main import main
 from sglp_deploy.errors import ConfigError
+from sglp_deploy.evidence.documents import documents_of
 
 WHOLE = """
 [model]
@@ -451,3 +454,22 @@ def test_the_schema_for_editors_is_the_one_in_the_documentation(capsys: pytest.C
 
 def test_without_a_file_the_defaults_hold() -> None:
     assert given("m", "--drop", "2") == RunConfig(model="m", drop=2)
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "sglp.toml").write_bytes(b"\xef\xbb\xbf" + b'[model]\npath = "m"\n[plan]\ndrop = 1\n')
+    assert RunConfig.load(tmp_path / "sglp.toml").model == "m"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_the_text_of_a_pipe_decides_a_stage_and_can_still_be_read(tmp_path: Path) -> None:
+    digests = []
+    for number, text in enumerate(("one text", "another", "one text")):
+        pipe = tmp_path / str(number)
+        os.mkfifo(pipe)
+        writer = threading.Thread(target=pipe.write_text, args=(text,))
+        writer.start()
+        digests.append(ledger.text_digest(str(pipe)))
+        writer.join()
+        assert documents_of(pipe) == [text]
+    assert digests[0] == digests[2] != digests[1]

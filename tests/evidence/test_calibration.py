@@ -133,7 +133,12 @@ def test_json_lines_are_read_by_their_text(tmp_path: Path) -> None:
     ("name", "content", "error", "message"),
     [
         ("a.jsonl", b'{"text": "x"}\n{', ConfigError, r"line 2 is not JSON; .*one JSON object a line is read"),
-        ("a.jsonl", b'{"body": "x"}', ConfigError, "line 1 has no text; one of the keys text, content, prompt was"),
+        (
+            "a.jsonl",
+            b'{"body": "x"}',
+            ConfigError,
+            "line 1 has no text; its keys are 'body'; .*write one of",
+        ),
         ("a.txt", b"\xff\xfe\x00", ConfigError, r"a\.txt cannot be read; it is not UTF-8 text; check the path"),
         ("a.txt", b" \n\n ", CalibrationError, r"a\.txt holds no text; .*give a file with prose"),
         ("a.jsonl", b"\n", CalibrationError, r"a\.jsonl holds no text"),

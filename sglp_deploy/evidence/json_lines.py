@@ -1,4 +1,4 @@
-"""One line of a task's file as JSON, or the reason why it is none, in words that name the line."""
+"""A line of a person's file as JSON, or the reason why it is none, in words that name the line."""
 
 from __future__ import annotations
 
