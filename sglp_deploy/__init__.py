@@ -6,9 +6,14 @@ Names are loaded on first use (PEP 562).  Importing this package loads neither t
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0.dev0"
+
+# The runtimes that this package loads, here and in its workers, report their use to nobody unless the user says so.
+for _name in ("ORT_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+    os.environ.setdefault(_name, "1")
 
 _HOME = {
     "Budget": "sglp_deploy.plan",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,16 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
     assert _loaded_after("import sglp_deploy") == set()
+
+
+def test_runtimes_report_their_use_only_where_the_user_says_so() -> None:
+    names = ("ORT_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")
+    code = f"import os, sglp_deploy; print(*[os.environ[name] for name in {names!r}])"
+    own = {name: value for name, value in os.environ.items() if name not in names}
+    own["PYTHONPATH"] = os.pathsep.join(sys.path)
+    for given, said in (({}, "1 1 1 1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0 1 1 1")):
+        run = subprocess.run([sys.executable, "-c", code], env=own | given, capture_output=True, text=True, check=True)
+        assert run.stdout.split() == said.split()
 
 
 def test_planning_and_reading_an_artifact_need_numpy_only() -> None:
