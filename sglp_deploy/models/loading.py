@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -20,9 +21,10 @@ from sglp_deploy.models.base import ModelSource
 from sglp_deploy.models.library import adapter_for, adapter_of_folder
 from sglp_deploy.models.quiet import quiet_libraries
 from sglp_deploy.models.transformers.adapter import model_class
+from sglp_deploy.models.transformers.rules import PREDICTION_HEADS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Elements of each tensor that enter the fingerprint.  A trained tensor differs from another one nearly everywhere, and
 # reading all of a 70-billion-parameter model only to name it would take minutes.
@@ -143,7 +145,7 @@ def load_model(
             f"model {str(model)!r} cannot be read; {type(error).__name__}: {_first_line(error)}; its files are damaged "
             "or do not belong together; get the checkpoint again"
         ) from error
-    _check_complete(str(model), report)
+    _check_complete(str(model), report, module)
     # Left by the GGUF reader: a path of this machine, which would travel into every checkpoint written.
     vars(module.config).pop("_model_name_or_path", None)
     module = module.to(device).eval()
@@ -167,7 +169,7 @@ def _check_device(device: str) -> None:
         )
 
 
-def _check_complete(model: str, report: dict[str, Any]) -> None:
+def _check_complete(model: str, report: dict[str, Any], module: nn.Module) -> None:
     """Refuse a checkpoint whose tensors and configuration disagree: transformers would fill the gaps at random."""
     missing = sorted(map(str, report["missing_keys"]))
     if missing:
@@ -175,12 +177,41 @@ def _check_complete(model: str, report: dict[str, Any]) -> None:
             f"model {model!r} lacks {len(missing)} tensors, first {missing[0]}; random numbers would stand in for "
             "them; get the checkpoint again"
         )
-    beyond = sorted(str(name) for name in report["unexpected_keys"] if ".layers." in f".{name}")
-    if beyond:
+    beyond = _beyond(module, sorted(map(str, report["unexpected_keys"])))
+    config = cast("PreTrainedModel", module).config
+    heads = sum(count for name in PREDICTION_HEADS if isinstance(count := getattr(config, name, None), int))
+    # Blocks that predict further tokens are numbered on behind the last layer.  transformers reads none of them.
+    found = [name for name, number in beyond.items() if number >= heads]
+    if found:
+        entry = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         raise ConfigError(
-            f"model {model!r} has {len(beyond)} layer tensors its config.json does not know, first {beyond[0]}; layers "
-            "would be left out unnoticed; repair num_hidden_layers"
+            f"model {model!r} has {len(found)} layer tensors its config.json does not know, first {found[0]}; layers "
+            f"would be left out unnoticed; repair the entry that counts them ({entry})"
         )
+
+
+def _beyond(module: nn.Module, names: Sequence[str]) -> dict[str, int]:
+    """Of names of tensors, those of layers behind the last one of a list of modules, and how far behind it.
+
+    A checkpoint of the bare model lacks the prefix of the whole one, or has it where the model does not.
+    """
+    lists = {
+        path: len(each) for path, each in module.named_modules() if isinstance(each, (nn.ModuleList, nn.Sequential))
+    }
+    found = {}
+    for name in names:
+        parts = name.split(".")
+        for place in (place for place, part in enumerate(parts) if place and part.isdecimal()):
+            above = ".".join(parts[:place])
+            lengths = [
+                length
+                for path, length in lists.items()
+                if path == above or path.endswith(f".{above}") or above.endswith(f".{path}")
+            ]
+            if lengths and int(parts[place]) >= max(lengths):
+                found[name] = int(parts[place]) - max(lengths)
+                break
+    return found
 
 
 def _check_folder(path: Path, allow_pickle: bool) -> None:

@@ -6,6 +6,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 import tiny
+import zoo
 from sglp_deploy.errors import ConfigError, UnsupportedModelError
 from sglp_deploy.models import layer_stack, load_model, quiet_libraries, source_of
 
@@ -159,6 +161,32 @@ def test_a_missing_tensor_is_refused_instead_of_filled_at_random(copy: Path) -> 
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"lacks 1 tensors, first model\.layers\.3\.mlp\.up_proj\.weight; random"):
         load_model(copy)
+
+
+@pytest.mark.parametrize(
+    ("family", "entry"), [("gpt2", "n_layer"), ("bert", "num_hidden_layers"), ("opt", "num_hidden_layers")]
+)
+def test_layers_beyond_the_depth_are_refused_whatever_holds_them(family: str, entry: str, tmp_path: Path) -> None:
+    module: Any = next(each for each in zoo.specimens() if each.name == family).build()
+    module.save_pretrained(tmp_path)
+    _edit_config(tmp_path, **{entry: module.config.num_hidden_layers - 1})
+    with pytest.raises(ConfigError, match=rf"layers would be left out unnoticed; repair .* \({entry}\)"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(("heads", "refused"), [(0, True), (1, False), (None, True)])
+def test_a_block_that_predicts_further_tokens_is_no_layer(copy: Path, heads: int | None, refused: bool) -> None:
+    weights = load_file(copy / "model.safetensors")
+    last = [name for name in weights if name.startswith("model.layers.5.")]
+    more = {name.replace(".5.", ".6.", 1): weights[name].clone() for name in last}
+    save_file(weights | more, copy / "model.safetensors", metadata={"format": "pt"})
+    if heads is not None:
+        _edit_config(copy, num_nextn_predict_layers=heads)
+    if refused:
+        with pytest.raises(ConfigError, match=r"first model\.layers\.6\."):
+            load_model(copy)
+    else:
+        assert layer_stack(load_model(copy).module).n_layers == 6
 
 
 def test_a_layer_the_configuration_does_not_know_is_refused(copy: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from transformers import (
     AutoConfig,
     BartConfig,
+    BertConfig,
     Gemma3Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
@@ -44,17 +45,32 @@ def _change(config: PretrainedConfig, entry: str, keep: tuple[int, ...] = KEEP, 
 # ------------------------------------------------------------------------------------------- entries found by length
 
 
+@pytest.mark.parametrize("entry", ["label_list", "class_weights", "experts"])
+def test_a_user_s_own_list_as_long_as_the_depth_is_left_and_reported(entry: str) -> None:
+    config = BertConfig(num_hidden_layers=DEPTH, **{entry: list(range(DEPTH))})
+    change = _change(config, entry)
+    assert change.after == change.before == list(range(DEPTH))
+    assert change.rule == "not known here, left as it is: as long as the model is deep, but no entry of its family"
+    assert getattr(pruned_config(config, KEEP), entry) == list(range(DEPTH))
+
+
+def test_a_list_that_speaks_of_layers_is_cut_though_the_family_does_not_declare_it() -> None:
+    types = [("full" if layer % 3 else "sliding") + "_attention" for layer in range(DEPTH)]
+    config = BertConfig(num_hidden_layers=DEPTH, layer_types=types)
+    assert pruned_config(config, KEEP).layer_types == [types[layer] for layer in KEEP]
+
+
 def test_a_list_as_long_as_the_depth_is_sliced_by_surviving_index() -> None:
-    config = _config(scales=[10, 11, 12, 13, 14, 15, 16])
+    config = _config(layer_widths=[10, 11, 12, 13, 14, 15, 16])
     pruned = pruned_config(config, KEEP)
-    assert pruned.scales == [10, 12, 13, 16]
+    assert pruned.layer_widths == [10, 12, 13, 16]
     assert pruned.num_hidden_layers == 4
-    assert config.scales == [10, 11, 12, 13, 14, 15, 16]
+    assert config.layer_widths == [10, 11, 12, 13, 14, 15, 16]
     assert config.num_hidden_layers == 7
 
 
 def test_a_tuple_stays_a_tuple() -> None:
-    assert pruned_config(_config(scales=(10, 11, 12, 13, 14, 15, 16)), KEEP).scales == (10, 12, 13, 16)
+    assert pruned_config(_config(layer_widths=(10, 11, 12, 13, 14, 15, 16)), KEEP).layer_widths == (10, 12, 13, 16)
 
 
 def test_a_string_with_one_letter_for_each_layer_is_sliced_and_another_string_is_not() -> None:
@@ -341,9 +357,9 @@ def test_the_other_side_of_an_encoder_decoder_is_left_alone(
 
 def test_a_list_as_long_as_both_sides_is_not_guessed_to_be_of_one() -> None:
     config = BartConfig(encoder_layers=6, decoder_layers=6)
-    config.scales = [1, 2, 3, 4, 5, 6]
-    assert pruned_config(config, (0, 2), side="decoder").scales == [1, 2, 3, 4, 5, 6]
-    assert "does not say whose" in _change(config, "scales", (0, 2), "decoder").rule
+    config.layer_widths = [1, 2, 3, 4, 5, 6]
+    assert pruned_config(config, (0, 2), side="decoder").layer_widths == [1, 2, 3, 4, 5, 6]
+    assert "does not say whose" in _change(config, "layer_widths", (0, 2), "decoder").rule
 
 
 def test_a_configuration_that_counts_no_layers_is_refused() -> None:

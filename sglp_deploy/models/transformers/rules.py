@@ -5,8 +5,9 @@ else.  Three rules, in this order:
 
 * an entry of the named tables below has a known meaning and is rewritten by it: to an explicit list where transformers
   has one, else to other numbers of the same formula, else pruning is refused;
-* any other list or tuple as long as the old depth is per-layer and is sliced by surviving index;
-* an entry that only sounds like layers is left alone and reported, so a person can look at it.
+* any other list or tuple as long as the old depth is per-layer and is sliced by surviving index, if the family's
+  configuration declares it or its name speaks of layers;
+* an entry that only sounds like layers, or is only as long, is left alone and reported, so a person can look at it.
 
 Which part of a configuration describes the layers, and how it is rewritten, is said by
 :mod:`sglp_deploy.models.transformers.config`.
@@ -14,6 +15,7 @@ Which part of a configuration describes the layers, and how it is rewritten, is 
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -122,7 +124,7 @@ def layer_facts(
     for entry, value in own_entries(config):
         if entry in family.not_per_layer or entry in NOT_PER_LAYER or side != "layers":
             continue
-        if _is_per_layer(entry, value, depth):
+        if _is_per_layer(config, entry, value, depth):
             yield str(value[index])
         elif entry in PREFIX_COUNTS and isinstance(value, int):
             yield index < value
@@ -160,12 +162,14 @@ def entry_change(
         found = rule(config, entry, value, depth, keep)
         if found is not None:
             return found
-    if _is_per_layer(entry, value, depth):
+    if _is_per_layer(config, entry, value, depth):
         if side != "layers":
             return None if not value else _unknown(entry, value, "as long as the depth, but it does not say whose")
         return ConfigChange(entry, value, [value[index] for index in keep], "one entry for each layer")
     if isinstance(value, str) and "pattern" in entry and len(value) == depth:
         return ConfigChange(entry, value, "".join(value[index] for index in keep), "one letter for each layer")
+    if isinstance(value, (list, tuple)) and value and len(value) == depth and entry not in INDEX_LISTS:
+        return _unknown(entry, value, "as long as the model is deep, but no entry of its family")
     sounds = _SOUNDS_PER_LAYER.search(entry) and not _HARMLESS.search(entry)
     if sounds and isinstance(value, (int, list, tuple)) and not isinstance(value, bool):
         if entry in ("encoder_layers", "decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers"):
@@ -174,10 +178,18 @@ def entry_change(
     return None
 
 
-def _is_per_layer(entry: str, value: Any, depth: int) -> bool:
+def _is_per_layer(config: PretrainedConfig, entry: str, value: Any, depth: int) -> bool:
     if not isinstance(value, (list, tuple)) or entry in INDEX_LISTS:
         return False
-    return len(value) == depth or (entry in AT_LEAST_PER_LAYER and len(value) > depth)
+    if len(value) != depth:
+        return entry in AT_LEAST_PER_LAYER and len(value) > depth
+    # A user's own list may be as long by accident (names of labels, weights of classes).
+    return entry in _declared(type(config)) or _SOUNDS_PER_LAYER.search(entry) is not None
+
+
+def _declared(kind: type) -> frozenset[str]:
+    """The entries that a family's configuration takes."""
+    return frozenset(inspect.signature(kind).parameters)
 
 
 def _unknown(entry: str, value: Any, why: str) -> ConfigChange:
