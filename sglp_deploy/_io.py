@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,6 +62,9 @@ _WRITE_REFUSALS = {
 }
 
 
+_RUST_CODE = re.compile(r"\(os error (\d+)\)")  # how Rust's libraries say errno
+
+
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn the system's refusal to write ``path`` into a :class:`StorageError` that says what to do.
@@ -70,6 +75,8 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
+        if code is None and (rust := _RUST_CODE.search(str(error))):
+            code = int(rust[1])
         full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
         if not full and code not in _WRITE_REFUSALS:
             raise
@@ -82,20 +89,31 @@ def storage_errors(path: Path) -> Iterator[None]:
 def staged_file(final: Path) -> Iterator[Path]:
     """A path to write one file to, that takes its final name only when the block ends without an error.
 
+    A link stays, and what it points to is replaced.  Into a device or a pipe the finished file is written.
+
     Raises:
         StorageError: If the disk is full or the folder cannot be written; an older file stays as it was.
     """
     with storage_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.name}.", suffix=".tmp")
-        os.close(handle)
-        staged = Path(name)
+        final = final.resolve()
+        through = final.exists() and not final.is_file()  # a device or a pipe; a folder refuses to be written to
+        place = Path(tempfile.gettempdir()) if through else final.parent
+        place.mkdir(parents=True, exist_ok=True)
+        staged = place / f".{final.name}.{secrets.token_hex(4)}.tmp"
+        # Not a private file of tempfile's: ours are as the user's mask has them.
+        os.close(os.open(staged, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
             yield staged
-            os.chmod(staged, 0o644)  # mkstemp makes private files; ours are ordinary
-            _fsync(staged)
-            os.replace(staged, final)
-            _fsync(final.parent)
+            if through:
+                with staged.open("rb") as source, final.open("wb") as target:
+                    shutil.copyfileobj(source, target)
+                staged.unlink()
+            else:
+                if final.exists():
+                    shutil.copymode(final, staged)
+                _fsync(staged)
+                os.replace(staged, final)
+                _fsync(final.parent)
         except BaseException:
             staged.unlink(missing_ok=True)
             raise
@@ -153,36 +171,54 @@ def inside(root: Path, relative: str) -> Path:
 def staged_directory(final: Path) -> Iterator[Path]:
     """A folder to fill that takes its final name only when the block ends without an error.
 
-    An older folder of that name stays until the new one is complete, then is replaced.  On any failure, an interrupt
-    included, the half-made folder is removed and the older one is untouched.
+    An older folder of that name stays until the new one is complete, then is replaced.  A link stays, and what it
+    points to is replaced.  An empty mount point is filled.  On any failure, an interrupt included, the half-made folder
+    is removed and the older one is untouched.
 
     Raises:
-        StorageError: If the operating system refuses a write.
+        StorageError: If the operating system refuses a write, or the folder is a mount point and not empty.
     """
     with storage_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".partial"))
+        final = final.resolve()
+        mounted = final.is_dir() and os.path.ismount(final)
+        if mounted and any(final.iterdir()):
+            raise StorageError(
+                f"{final} is a mount point that holds files; it cannot be replaced as a whole; name a folder inside it"
+            )
+        place = final if mounted else final.parent
+        place.mkdir(parents=True, exist_ok=True)
+        staging = place / f".{final.name}.{secrets.token_hex(4)}.partial"
+        staging.mkdir()
         try:
-            os.chmod(staging, 0o755)
             yield staging
             for file in staging.rglob("*"):
                 if file.is_file():
                     _fsync(file)
-            if final.exists():
-                outgoing = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".old"))
-                os.replace(final, outgoing / final.name)
-                try:
-                    os.replace(staging, final)
-                except BaseException:
-                    os.replace(outgoing / final.name, final)
-                    raise
-                shutil.rmtree(outgoing, ignore_errors=True)
+            if mounted:
+                for entry in sorted(staging.iterdir()):
+                    os.replace(entry, final / entry.name)
+                staging.rmdir()
             else:
-                os.replace(staging, final)
-            _fsync(final.parent)
+                _take_place(staging, final)
+            _fsync(place)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
+
+def _take_place(staging: Path, final: Path) -> None:
+    """Give a finished folder its name; an older one of that name goes, or is back if that fails."""
+    if not final.exists():
+        os.replace(staging, final)
+        return
+    outgoing = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".old"))
+    os.replace(final, outgoing / final.name)
+    try:
+        os.replace(staging, final)
+    except BaseException:
+        os.replace(outgoing / final.name, final)
+        raise
+    shutil.rmtree(outgoing, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

@@ -259,7 +259,8 @@ def write_checkpoint_files(model: CompressedModel, folder: Path) -> None:
             model.tokenizer.save_pretrained(folder)
     for file in folder.rglob("*"):
         if file.is_file():  # some tokenizers have a folder of chat templates
-            file.chmod(0o644)  # safetensors writes through a private temporary file
+            # safetensors writes through a private temporary file; the folder is as the user's mask has it.
+            file.chmod(folder.stat().st_mode & 0o666)
     model.plan.save(folder / PLAN_FILE)
     check_reload(model, folder)
 

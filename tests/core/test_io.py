@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,91 @@ def test_a_failure_leaves_no_half_folder_and_the_old_one_whole(
         fill()
     assert _names(tmp_path) == (["out"] if existing else [])
     assert not existing or _names(final) == ["old"]
+
+
+# ------------------------------------------------------------------------------------- where a name stands for another
+
+
+def test_a_link_to_a_file_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk" / "plan.json", tmp_path / "link.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    _io.write_text(link, "new")
+    assert (link.is_symlink(), target.read_text()) == (True, "new")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_a_folder_stays_and_its_target_is_replaced(tmp_path: Path, there: bool) -> None:
+    target, link = tmp_path / "disk" / "out", tmp_path / "link"
+    target.parent.mkdir()
+    if there:
+        target.mkdir()
+        (target / "old").write_text("")
+    link.symlink_to(target)
+    with _io.staged_directory(link) as folder:
+        (folder / "new").write_text("")
+    assert link.is_symlink()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_into_a_pipe_the_finished_file_is_written(tmp_path: Path) -> None:
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+    reader.start()
+    _io.write_text(pipe, "plan")
+    reader.join()
+    assert got == ["plan"]
+    assert pipe.is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_device_stays_one() -> None:
+    before = os.stat(os.devnull)
+    with _io.staged_file(Path(os.devnull)) as staged:
+        staged.write_text("plan")
+        assert staged.parent != Path(os.devnull).parent
+    assert os.path.samestat(os.stat(os.devnull), before)
+    assert not staged.exists()
+
+
+def test_an_empty_mount_point_is_filled_and_another_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    with _io.staged_directory(tmp_path) as folder:
+        (folder / "new").write_text("")
+        (folder / "more").mkdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["more", "new"]
+    with (
+        pytest.raises(StorageError, match=r"is a mount point that holds files; .*name a folder inside it"),
+        _io.staged_directory(tmp_path),
+    ):
+        pytest.fail("work was begun")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a mask for new files")
+def test_new_files_and_folders_are_as_the_mask_has_them_and_old_ones_keep_their_mode(tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    old.write_text("")
+    old.chmod(0o640)
+    mask = os.umask(0o077)
+    try:
+        _io.write_text(tmp_path / "new.json", "")
+        _io.write_text(old, "")
+        with _io.staged_directory(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(mask)
+    modes = {name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new.json", "old.json", "folder")}
+    assert modes == {"new.json": 0o600, "old.json": 0o640, "folder": 0o700}
+
+
+@pytest.mark.parametrize("code", [errno.EFBIG, errno.EDQUOT, errno.EROFS])
+def test_a_refusal_in_the_words_of_a_rust_library_is_recognised_by_its_number(tmp_path: Path, code: int) -> None:
+    with pytest.raises(StorageError, match=r"cannot write .*run the same command again"), _io.storage_errors(tmp_path):
+        raise RuntimeError(f"Error while serializing: I/O error: whatever (os error {code})")
