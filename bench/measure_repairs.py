@@ -1,10 +1,13 @@
-"""Perplexity of a pruned model by plan and repair, on text that neither was made from.
+"""What a pruned model is worth by plan and repair: perplexity on texts that neither was made from, right answers.
 
-    python bench/measure_repairs.py MODEL --drop 8 --calibration calibration.txt --text judged.txt -o repairs.json
+    python bench/measure_repairs.py MODEL --drop 3 6 8 --calibration calibration.txt --text judged.txt \\
+        --questions questions.jsonl -o repairs.json
 
 A plan is "auto", a criterion of the planner ``sglp`` ("grad-norm", "block-influence", "taylor"), or layers
-("12,13,14").  Rows are judged by plain transformers: independent rows, the first token of each not predicted.  A cell
-that is in the file already is not measured again.  Seconds are wall time of one run.
+("12,13,14").  A repair may be a chain: "refit+heal" heals what was refitted, on the default mix of texts.  Rows are
+judged by plain transformers: independent rows, the first token of each not predicted.  Questions are multiple choice,
+judged by length-normalised log-likelihood.  A cell that is in the file already is not measured again.  Seconds are wall
+time.
 """
 
 from __future__ import annotations
@@ -20,27 +23,32 @@ import torch
 
 from sglp_deploy import CalibrationSet, Compressor, _io
 from sglp_deploy.artifact import producer_versions
+from sglp_deploy.evidence.precision import computing, precision_of
 from sglp_deploy.plan import PruningPlan
 from sglp_deploy.tasks.language import perplexity
+from sglp_deploy.tasks.multiple_choice import MultipleChoice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SCHEMA = "repairs/1"  # history: 1 = first
+SCHEMA = "repairs/2"  # history: 1 = one text; 2 = several, and questions
 
 
 def main() -> int:
     """Measure every cell that is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--drop", type=int, default=8, help="layers to remove, where a plan is a criterion")
+    parser.add_argument("--drop", type=int, nargs="+", default=[8], help="layers to remove, where none are named")
     parser.add_argument("--plans", nargs="+", default=["grad-norm", "block-influence", "taylor", "auto"])
-    parser.add_argument("--repairs", nargs="+", default=["none", "scale", "linear", "refit", "local"])
+    parser.add_argument("--repairs", nargs="+", default=["none", "scale", "linear", "refit", "local", "refit+heal"])
     parser.add_argument("--calibration", required=True, help="text that plans and repairs are made from")
     parser.add_argument("--planning-tokens", type=int, default=16_384)
     parser.add_argument("--tokens", type=int, default=131_072, help="calibration tokens of a repair")
     parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--text", required=True, help="text to judge by")
+    parser.add_argument("--heal-tokens", type=int, default=65_536)
+    parser.add_argument("--text", nargs="+", required=True, help="texts to judge by")
+    parser.add_argument("--questions", help="multiple choice to judge by, JSON lines")
+    parser.add_argument("--n-questions", type=int, default=500)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--row-tokens", type=int, default=1024)
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -57,20 +65,25 @@ def main() -> int:
     text = CalibrationSet.parse(
         arguments.calibration, max_tokens=arguments.tokens, sequence_length=arguments.sequence_length, batch_size=2
     )
-    judged = rows(compressor, arguments)
-    plans: dict[str, PruningPlan] = {}
-    for repair in ("dense", *arguments.repairs):
-        for name in arguments.plans if repair != "dense" else [""]:
-            key = f"{name} {arguments.drop if not name[:1].isdigit() else 'layers'} {repair}".strip()
-            if key in cells:
-                continue
-            print(f"{key} ...", file=sys.stderr)
-            if repair == "dense":
-                cells[key] = {"perplexity": judge(compressor.model, judged)}
-            else:
-                plans[name] = plans.get(name) or plan_of(compressor, name, arguments.drop)
-                cells[key] = measure(compressor, plans[name], repair, text, judged)
-            _io.write_json(arguments.output, result(arguments, cells))
+    judge = Judge(compressor, arguments)
+    made: dict[str, PruningPlan] = {}
+    wanted = [("", 0, "dense")] + [
+        (name, drop, repair)
+        for drop in arguments.drop
+        for repair in arguments.repairs
+        for name in arguments.plans
+        if not name[:1].isdigit() or drop == arguments.drop[0]
+    ]
+    for name, drop, repair in wanted:
+        key = f"{name} {drop if not name[:1].isdigit() else 'layers'} {repair}" if name else repair
+        if key in cells:
+            continue
+        print(f"{key} ...", file=sys.stderr)
+        if not name:
+            cells[key] = judge(compressor.model)
+        else:
+            cells[key] = measure(compressor, name, drop, repair, text, judge, made, arguments.heal_tokens)
+        _io.write_json(file, result(arguments, cells))
     print(table(cells))
     return 0
 
@@ -85,30 +98,74 @@ def plan_of(compressor: Compressor, name: str, drop: int) -> PruningPlan:
 
 
 def measure(
-    compressor: Compressor, plan: PruningPlan, repair: str, text: CalibrationSet, judged: np.ndarray
+    compressor: Compressor,
+    name: str,
+    drop: int,
+    repair: str,
+    text: CalibrationSet,
+    judge: Judge,
+    made: dict[str, PruningPlan],
+    heal_tokens: int,
 ) -> dict[str, Any]:
-    """One cell: the plan repaired, and what it is judged at."""
-    started = time.perf_counter()
-    repaired = plan if repair == "none" else compressor.repair(plan, repair, calibration=text)
-    seconds = time.perf_counter() - started
+    """One cell: the plan repaired step by step, and what it is judged at; ``made`` keeps plans between the cells."""
+    key = f"{name} {drop}"
+    if key not in made:
+        made[key] = plan_of(compressor, name, drop)
+    plan, seconds = made[key], 0.0
+    for step in () if repair == "none" else repair.split("+"):
+        key = f"{key} {step}"
+        if key not in made:
+            started = time.perf_counter()
+            if step == "heal":
+                made[key] = compressor.heal(plan, tokens=heal_tokens)
+            else:
+                made[key] = compressor.repair(plan, step, calibration=text)
+            seconds += time.perf_counter() - started
+        plan = made[key]
     found = {"drop": list(plan.drop), "seconds": round(seconds, 1)}
-    refused = (repaired.compensation or {}).get("refused")
+    refused = (plan.compensation or {}).get("refused")
     if refused:
         return found | {"refused": refused[-1]["why"]}
-    return found | {"perplexity": judge(compressor.materialize(repaired).module, judged)}
+    return found | judge(compressor.materialize(plan).module)
 
 
-def rows(compressor: Compressor, arguments: argparse.Namespace) -> np.ndarray:
-    """The judged text in rows of tokens, from its beginning."""
-    if compressor.tokenizer is None:
-        raise SystemExit("the model has no tokenizer; text cannot be judged; add its files to the model's folder")
-    words = Path(arguments.text).read_text(encoding="utf-8")
-    ids = np.asarray(compressor.tokenizer(words, verbose=False)["input_ids"], dtype=np.int64)
-    n_rows = min(arguments.rows, len(ids) // arguments.row_tokens)
-    return ids[: n_rows * arguments.row_tokens].reshape(n_rows, arguments.row_tokens)
+class Judge:
+    """Perplexity on each text, and the share of right answers with its 95 % interval.
+
+    Args:
+        compressor: Of the unpruned model.
+        arguments: Name texts and questions.
+    """
+
+    def __init__(self, compressor: Compressor, arguments: argparse.Namespace) -> None:
+        self._tokenizer: Any = compressor.tokenizer
+        if self._tokenizer is None:
+            raise SystemExit("the model has no tokenizer; text cannot be judged; add its files to the model's folder")
+        self._rows = {Path(text).name: self._cut(text, arguments) for text in arguments.text}
+        asked = arguments.questions
+        self._questions = MultipleChoice.read(asked, arguments.n_questions) if asked else None
+
+    def __call__(self, model: torch.nn.Module) -> dict[str, Any]:
+        """What ``model`` is worth."""
+        found: dict[str, Any] = {"perplexity": {name: perplexity_of(model, rows) for name, rows in self._rows.items()}}
+        if self._questions is not None:
+            # Only which of two is more probable counts, so bfloat16 does.
+            place = next(model.parameters()).device
+            with computing(place, precision_of("auto", model)):
+                right = self._questions.scores(model, self._tokenizer).values["acc_norm"]
+            draws = np.random.default_rng(0).choice(right, (10_000, len(right))).mean(1)
+            found["right"] = [float(right.mean()), *(float(each) for each in np.percentile(draws, [2.5, 97.5]))]
+            found["answers"] = [int(each) for each in right]
+        return found
+
+    def _cut(self, text: str, arguments: argparse.Namespace) -> np.ndarray:
+        """The text in rows of tokens, from its beginning."""
+        ids = np.asarray(self._tokenizer(Path(text).read_text(encoding="utf-8"), verbose=False)["input_ids"], np.int64)
+        n_rows = min(arguments.rows, len(ids) // arguments.row_tokens)
+        return ids[: n_rows * arguments.row_tokens].reshape(n_rows, arguments.row_tokens)
 
 
-def judge(model: torch.nn.Module, judged: np.ndarray) -> float:
+def perplexity_of(model: torch.nn.Module, judged: np.ndarray) -> float:
     """Perplexity over independent rows."""
     batches = CalibrationSet.from_token_ids(
         list(judged), max_tokens=judged.size, sequence_length=judged.shape[1], batch_size=1
@@ -124,10 +181,15 @@ def result(arguments: argparse.Namespace, cells: dict[str, Any]) -> dict[str, An
 
 def table(cells: dict[str, Any]) -> str:
     """The cells as a Markdown table."""
-    lines = ["| plan and repair | perplexity | seconds |", "|---|---|---|"]
+    texts = list(cells["dense"]["perplexity"])
+    lines = [f"| plan and repair | {' | '.join(texts)} | right answers | seconds |", "|---" * (len(texts) + 3) + "|"]
     for key, cell in cells.items():
-        figure = f"{cell['perplexity']:.2f}" if "perplexity" in cell else f"refused: {cell['refused']}"
-        lines.append(f"| {key} | {figure} | {cell.get('seconds', '')} |")
+        if "refused" in cell:
+            figures = [f"refused: {cell['refused']}", *[""] * len(texts)]
+        else:
+            figures = [f"{cell['perplexity'][text]:.1f}" for text in texts]
+            figures.append("{:.1%} ({:.1%} to {:.1%})".format(*cell["right"]) if "right" in cell else "")
+        lines.append(f"| {key} | {' | '.join(figures)} | {cell.get('seconds', '')} |")
     return "\n".join(lines)
 
 
