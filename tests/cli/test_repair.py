@@ -357,7 +357,7 @@ def test_another_repair_keeps_the_plan_and_none_leaves_nothing_of_it(
     assert (run / "decision" / "plan.json").read_bytes() == decided
     plan = PruningPlan.load(run / "plan.json")
     assert plan.overlay is not None
-    assert plan.overlay["made_by"][0]["options"] == {"ridge": 0.5}
+    assert plan.overlay["made_by"][0]["options"] == {"ridge": 0.5, "precision": "auto"}
     assert again(model, run, "--repair", "none") == [name for name in ALL if name != "repair"]
     assert not (run / "decision").exists()
     assert not (run / OVERLAY_FILE).exists()
