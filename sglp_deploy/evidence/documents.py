@@ -126,13 +126,19 @@ def pieces(document: str) -> Iterator[str]:
 
 def as_written(document: str, tokenizer: Any) -> str:
     """A document as the model is given it: a conversation in its chat template, where there is one that takes it."""
-    if not isinstance(document, Conversation) or not getattr(tokenizer, "chat_template", None):
-        return document
+    templated = in_template(document.messages, tokenizer) if isinstance(document, Conversation) else None
+    return document if templated is None else templated
+
+
+def in_template(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> str | None:
+    """Messages as the tokenizer's chat template writes them; None where it has none, or the template refuses them."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
     try:
-        return str(tokenizer.apply_chat_template(list(document.messages), tokenize=False))
-    except Exception as error:  # noqa: BLE001  # a template is a program of its author's: it may refuse a role
-        logger.info("a conversation is read without the chat template: %s", error)
-        return document
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
+    except Exception as error:  # noqa: BLE001  # a template is its author's program: it may refuse a role, or fail
+        logger.info("the chat template is not used: %s", error)
+        return None
 
 
 def _paragraphs(text: str) -> list[str]:

@@ -177,12 +177,15 @@ def _check_complete(model: str, report: dict[str, Any], module: nn.Module) -> No
             f"model {model!r} lacks {len(missing)} tensors, first {missing[0]}; random numbers would stand in for "
             "them; get the checkpoint again"
         )
-    beyond = _beyond(module, sorted(map(str, report["unexpected_keys"])))
+    unexpected = sorted(map(str, report["unexpected_keys"]))
     config = cast("PreTrainedModel", module).config
-    heads = sum(count for name in PREDICTION_HEADS if isinstance(count := getattr(config, name, None), int))
     # Blocks that predict further tokens are numbered on behind the last layer.  transformers reads none of them.
-    found = [name for name, number in beyond.items() if number >= heads]
-    if found:
+    counts = [getattr(config, name, None) for name in PREDICTION_HEADS]
+    heads = max((count for count in counts if isinstance(count, int)), default=0)
+    depth = getattr(config, "num_hidden_layers", None)
+    beyond = _beyond(module, unexpected)
+    excused = {name for name, (length, number) in beyond.items() if length == depth and number < heads}
+    if found := [name for name in unexpected if (name in beyond or ".layers." in f".{name}") and name not in excused]:
         entry = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         raise ConfigError(
             f"model {model!r} has {len(found)} layer tensors its config.json does not know, first {found[0]}; layers "
@@ -190,8 +193,8 @@ def _check_complete(model: str, report: dict[str, Any], module: nn.Module) -> No
         )
 
 
-def _beyond(module: nn.Module, names: Sequence[str]) -> dict[str, int]:
-    """Of names of tensors, those of layers behind the last one of a list of modules, and how far behind it.
+def _beyond(module: nn.Module, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Of names of tensors, those behind the last module of a list: the list's length, and how far behind it.
 
     A checkpoint of the bare model lacks the prefix of the whole one, or has it where the model does not.
     """
@@ -209,7 +212,7 @@ def _beyond(module: nn.Module, names: Sequence[str]) -> dict[str, int]:
                 if path == above or path.endswith(f".{above}") or above.endswith(f".{path}")
             ]
             if lengths and int(parts[place]) >= max(lengths):
-                found[name] = int(parts[place]) - max(lengths)
+                found[name] = max(lengths), int(parts[place]) - max(lengths)
                 break
     return found
 

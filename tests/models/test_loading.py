@@ -174,6 +174,15 @@ def test_layers_beyond_the_depth_are_refused_whatever_holds_them(family: str, en
         load_model(tmp_path)
 
 
+def test_layers_of_a_list_the_model_does_not_have_are_refused(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    more = {"tower.layers.0.weight": torch.zeros(2)}
+    save_file(weights | more, copy / "model.safetensors", metadata={"format": "pt"})
+    _edit_config(copy, num_nextn_predict_layers=1)
+    with pytest.raises(ConfigError, match=r"1 layer tensors .*first tower\.layers\.0\.weight"):
+        load_model(copy)
+
+
 @pytest.mark.parametrize(("heads", "refused"), [(0, True), (1, False), (None, True)])
 def test_a_block_that_predicts_further_tokens_is_no_layer(copy: Path, heads: int | None, refused: bool) -> None:
     weights = load_file(copy / "model.safetensors")

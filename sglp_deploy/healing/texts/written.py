@@ -8,7 +8,6 @@ the question and then with its answer (Magpie, arXiv:2406.08464).
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from sglp_deploy import _io
 from sglp_deploy.errors import CalibrationError, StorageError
+from sglp_deploy.evidence.documents import in_template
 from sglp_deploy.evidence.precision import computing, precision_of
 from sglp_deploy.evidence.text import CalibrationSet
 from sglp_deploy.models.library import evaluating
@@ -33,8 +33,6 @@ _RECIPE = 2  # in the key of what is cached; raise it when what is written chang
 _LENGTH = 128  # tokens of a piece
 _TOGETHER = 64  # pieces that are written at once
 _MARK = "[message]"  # stands for the user's words where a chat template is read
-
-logger = logging.getLogger(__name__)
 
 # How texts of many kinds begin.
 _OPENINGS = (
@@ -148,12 +146,8 @@ def _opening_tokens(loaded: LoadedModel) -> list[NDArray[np.int64]]:
 def _chat_opening(loaded: LoadedModel) -> NDArray[np.int64] | None:
     """What a conversation has before the user's first word; None without a chat template that says so."""
     tokenizer: Any = loaded.tokenizer
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    try:
-        text = str(tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False))
-    except Exception as error:  # noqa: BLE001  # a template is a program of its author's and may raise anything
-        logger.info("the chat template is not used to write text: %s", error)
+    text = in_template([{"role": "user", "content": _MARK}], tokenizer)
+    if text is None:
         return None
     before, found, _ = text.partition(_MARK)
     ids = np.array(tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
