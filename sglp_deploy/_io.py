@@ -15,9 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sglp_deploy.errors import ArtifactError, StorageError
+from sglp_deploy.errors import ArtifactError, ConfigError, StorageError
 
 _CHUNK_BYTES = 1 << 20
+# What a folder of ours lists its files in, each with its digest, and what the schema of such a list begins with.
+FILE_LIST = "sglp_files.json"
+_LISTS = {"manifest.json": "artifact/", FILE_LIST: "files/"}
 
 
 def canonical_json(value: Any) -> str:
@@ -176,8 +179,10 @@ def staged_directory(final: Path) -> Iterator[Path]:
     is removed and the older one is untouched.
 
     Raises:
+        ConfigError: If the older folder holds a file that no list of ours names as it is now.
         StorageError: If the operating system refuses a write, or the folder is a mount point and not empty.
     """
+    refuse_foreign(final)
     with storage_errors(final):
         final = final.resolve()
         mounted = final.is_dir() and os.path.ismount(final)
@@ -204,6 +209,65 @@ def staged_directory(final: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
+
+def has_schema(file: Path, schema: str) -> bool:
+    """Whether a file is JSON of ours of a kind ("artifact/"), of any version; others call theirs the same."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and str(value.get("schema", "")).startswith(schema)
+
+
+def write_file_list(folder: Path) -> None:
+    """List every file in ``folder`` with its digest, so that a later replacement can tell what was put there by us."""
+    files = {
+        file.relative_to(folder).as_posix(): {"sha256": sha256_file(file), "bytes": file.stat().st_size}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name not in _LISTS
+    }
+    write_json(folder / FILE_LIST, {"schema": "files/1", "files": files})
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Files in a folder that no list of ours in it names with the digest they have, by path below it.
+
+    A folder without such a list is foreign as a whole.
+    """
+    listed: dict[str, Any] = {}
+    lists = set()
+    for name, schema in _LISTS.items():
+        if has_schema(folder / name, schema):
+            lists.add(name)
+            files = json.loads((folder / name).read_text(encoding="utf-8")).get("files")
+            listed |= files if isinstance(files, dict) else {}
+
+    def ours(file: Path) -> bool:
+        name = file.relative_to(folder).as_posix()
+        if name in lists:
+            return True
+        record = listed.get(name)
+        if file.is_symlink() or not file.is_file() or not isinstance(record, dict):
+            return False
+        return record.get("bytes") == file.stat().st_size and record.get("sha256") == sha256_file(file)
+
+    entries = [entry for entry in sorted(folder.rglob("*")) if entry.is_symlink() or not entry.is_dir()]
+    return [entry.relative_to(folder).as_posix() for entry in entries if not ours(entry)]
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse to replace a folder that holds what is not ours.
+
+    Raises:
+        ConfigError: Naming the first such file.
+    """
+    if folder.is_dir() and not os.path.ismount(folder) and (foreign := foreign_files(folder)):
+        more = f" and {len(foreign) - 1} more" if foreign[1:] else ""
+        raise ConfigError(
+            f"{folder} holds other files: {foreign[0]}{more}, of which no list of ours says that it wrote them so; the "
+            "whole folder would be replaced; move it away, or choose another output"
+        )
 
 
 def _take_place(staging: Path, final: Path) -> None:

@@ -242,12 +242,14 @@ def save_checkpoint(model: CompressedModel, out_dir: str | Path) -> Path:
     bit, and every setting of every layer, so a checkpoint that exists is one that loads and means the same.
 
     Raises:
+        ConfigError: If the folder exists and holds what we did not write.
         StorageError: If the disk is full or the folder cannot be written.
         ArtifactError: If what was written does not load back bit-exactly.
     """
     out = Path(out_dir)
     with _io.staged_directory(out) as folder:
         write_checkpoint_files(model, folder)
+        _io.write_file_list(folder)
     return out
 
 

@@ -29,11 +29,12 @@ DECISION = "decision"
 DECIDED = f"{DECISION}/plan.json"  # the plan as it was before its repair, or before healing where there is none
 REPAIRED = "repaired/plan.json"  # the plan as it was before healing
 HEALING = "healing"  # where a training stands, while it lasts
+ASIDE = "aside"  # artifacts somebody has changed; nothing reads them
 _BEFORE = (DECIDED, REPAIRED)
 
 # Every name a run writes at the top of its folder; anything else there belongs to somebody.
 _LAYOUT = {RUN_FILE, "plan.json", OVERLAY_FILE, "quality.json", DECISION}
-_LAYOUT |= {"repaired", HEALING, "checkpoint", "artifacts", "parity", "bench", "report"}
+_LAYOUT |= {"repaired", ASIDE, HEALING, "checkpoint", "artifacts", "parity", "bench", "report"}
 
 # Where a killed run can have left a temporary name, and nowhere else: the folder may hold a user's own files too.
 _LEFTOVERS = (
@@ -205,28 +206,53 @@ def _sweep(root: Path) -> None:
                 left.unlink(missing_ok=True)
 
 
-def remove_strangers(root: Path, outputs: Iterable[str]) -> list[str]:
-    """Remove plans, artifacts, certificates and measurements of earlier runs that are no output of this one.
-
-    They were made by another plan or format, and the report reads whatever lies in the folder.
+def set_aside(root: Path, output: str) -> str | None:
+    """Move an artifact that somebody has changed, or put files into, out of the way of the one to be written.
 
     Returns:
-        Their paths within ``root``.
+        Where it lies now, within ``root``; None where there is nothing that is not ours.
+    """
+    folder = root / output
+    if not folder.is_dir() or not _io.foreign_files(folder):
+        return None
+    place = root / ASIDE / output
+    number = 1
+    while place.exists():
+        number += 1
+        place = root / ASIDE / f"{output}-{number}"
+    with _io.storage_errors(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(place)
+    return place.relative_to(root).as_posix()
+
+
+def remove_strangers(root: Path, outputs: Iterable[str]) -> list[tuple[str, str | None]]:
+    """Remove plans, artifacts, certificates and measurements of earlier runs that are no output of this one.
+
+    They were made by another plan or format, and the report reads whatever of ours lies in the folder.  An artifact
+    that somebody has changed is set aside.  What only has such a name, and is not of ours, stays.
+
+    Returns:
+        Their paths within ``root``, and where they were moved to; None for those removed.
     """
     wanted = [root / output for output in outputs]
-    found = {file.parent for file in root.glob("artifacts/*/manifest.json")}
-    found |= {*root.glob(OVERLAY_FILE), *root.glob("parity/*.json")}
     earlier = [file for plan in _BEFORE for file in (root / plan, (root / plan).with_name(OVERLAY_FILE))]
-    found |= {file for file in earlier if file.is_file()} | {*root.glob(HEALING)}
-    found |= {file.parent for name in ("result", "comparison") for file in root.glob(f"bench/*/{name}.json")}
-    found |= {folder.parent for folder in root.glob("bench/all/blocks")}
-    strangers = [path for path in sorted(found) if not any(want.is_relative_to(path) for want in wanted)]
-    for path in strangers:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    for folder in ((root / plan).parent for plan in _BEFORE):
+    found = {file for file in earlier if file.is_file()} | {*root.glob(HEALING), *root.glob(OVERLAY_FILE)}
+    found |= {file.parent for file in root.glob("artifacts/*/manifest.json") if _io.has_schema(file, "artifact/")}
+    found |= {file for file in root.glob("parity/*.json") if _io.has_schema(file, "parity/")}
+    for name in ("result", "comparison"):
+        found |= {file for file in root.glob(f"bench/*/{name}.json") if _io.has_schema(file, f"{name}/")}
+    found |= {*root.glob("bench/all/blocks")}
+    gone: list[tuple[str, str | None]] = []
+    for path in sorted(found):
+        if any(want.is_relative_to(path) for want in wanted):
+            continue
+        name = path.relative_to(root).as_posix()
+        moved = set_aside(root, name) if path.parent == root / "artifacts" else None
+        if moved is None:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        gone.append((name, moved))
+    for folder in (*((root / plan).parent for plan in _BEFORE), *root.glob("bench/*")):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    return [path.relative_to(root).as_posix() for path in strangers]
+    return gone

@@ -116,8 +116,9 @@ class Pipeline:
             )
             self._release_model()
             measured = self._bench_stage(plan, made)
-            for stranger in ledger.remove_strangers(self._root, self._engine.outputs()):
-                self._console.note(f"removed {stranger}: an earlier run made it, this one does not")
+            for stranger, moved in ledger.remove_strangers(self._root, self._engine.outputs()):
+                done = "removed" if moved is None else f"changed by somebody and moved to {moved}; was"
+                self._console.note(f"{done} {stranger}: an earlier run made it, this one does not")
             self._engine.forget_others("report")
             upstream = [planned, judged, measured, *made.values(), *verified]
             outputs = ["report/report.json", "report/report.html"]
@@ -175,6 +176,8 @@ class Pipeline:
         def write() -> None:
             compressor = self._loaded()
             kept = plan or compressor.keep_all()
+            if aside := ledger.set_aside(self._root, output):
+                self._console.note(f"moved {output} to {aside}: somebody has changed it since it was written")
             compressor.export(kept, export.format, self._root / output, **export.options)
 
         return self._engine.stage(stage, settings, upstream, [output], write)

@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglp_deploy import _io
 from sglp_deploy._names import may_be_hub_id
-from sglp_deploy.artifact import MANIFEST, PLAN_FILE, ExportArtifact
+from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.cli.config import RunConfig
 from sglp_deploy.cli.console import Console
 from sglp_deploy.cli.settings import DTYPES
@@ -290,21 +291,8 @@ def check_output_folder(path: str | Path) -> None:
         raise ConfigError(f"{folder} is a file; a folder is written there; choose another --output")
     if Path.cwd().is_relative_to(folder.resolve()):
         raise ConfigError(f"{folder} holds the current folder; it would be replaced; choose another --output")
-    if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
-        raise ConfigError(f"{folder} holds other files; the whole folder is replaced; choose another --output")
+    _io.refuse_foreign(folder)
     _check_writable(folder)
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether an artifact or a checkpoint of ours lies there; other programs call their files ``manifest.json`` too."""
-    for name, schema in ((MANIFEST, "artifact/"), (PLAN_FILE, "plan/")):
-        try:
-            value = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(value, dict) and str(value.get("schema", "")).startswith(schema):
-            return True
-    return False
 
 
 def check_output_file(path: str | Path | None) -> None:

@@ -534,6 +534,19 @@ def test_a_folder_with_somebodys_files_is_never_replaced(
     assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["manifest.json", "thesis.txt"]
 
 
+def test_a_checkpoint_is_replaced_as_it_was_written_and_not_once_somebody_has_put_files_into_it(
+    model: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for _ in range(2):
+        answer(capsys, "materialize", model, run / "plan.json", "-o", out)
+    (out / "NOTES.md").write_text("mine")
+    assert "out holds other files: NOTES.md, of which" in refusal(
+        capsys, "materialize", model, run / "plan.json", "-o", out
+    )
+    assert (out / "NOTES.md").read_text() == "mine"
+
+
 def test_an_artifact_is_replaced_by_a_new_one(
     model: Path, run: Path, artifact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -332,7 +332,8 @@ def test_what_an_earlier_run_made_and_this_one_does_not_is_removed_from_the_repo
     (mine / "todo.txt").write_text("mine")
     assert main([item for item in cli_runs.run_arguments(model, run, to="vllm") if item != "-q"]) == 0
     err = capsys.readouterr().err
-    gone = ["artifacts/onnx", "artifacts/onnx-baseline", "bench/onnx", "bench/onnx-against-torch", "parity/onnx.json"]
+    gone = ["artifacts/onnx", "artifacts/onnx-baseline", "parity/onnx.json", "bench/onnx/comparison.json"]
+    gone += ["bench/onnx/result.json", "bench/onnx-against-torch/result.json"]
     for path in gone:
         assert f"removed {path}: an earlier run made it, this one does not" in err
         assert not (run / path).exists()
@@ -341,6 +342,27 @@ def test_what_an_earlier_run_made_and_this_one_does_not_is_removed_from_the_repo
     assert {item["name"] for item in report["artifacts"]} <= {"checkpoint", "vllm"}
     assert report["measurements"] == []
     assert list(stages(run)) == VLLM
+
+
+def test_an_artifact_somebody_has_changed_is_set_aside_and_made_again(
+    run: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "checkpoint" / "config.json").write_text("edited")
+    (run / "artifacts" / "onnx" / "NOTES.md").write_text("mine")  # an earlier run's, of which this one makes none
+    site = run / "artifacts" / "site"
+    site.mkdir()
+    (site / "manifest.json").write_text('{"name": "a web application"}')
+    for number in ("", "-2"):
+        arguments = [item for item in cli_runs.run_arguments(model, run, to="vllm") if item != "-q"]
+        assert main(arguments) == 0
+        err = capsys.readouterr().err
+        assert f"moved checkpoint to aside/checkpoint{number}: somebody has changed it since it was written" in err
+        assert (run / "aside" / f"checkpoint{number}" / "config.json").read_text() == "edited"
+        assert json.loads((run / "checkpoint" / "config.json").read_text())["num_hidden_layers"] == 4
+        (run / "checkpoint" / "config.json").write_text("edited")
+    assert (run / "aside" / "artifacts" / "onnx" / "NOTES.md").read_text() == "mine"
+    assert not (run / "artifacts" / "onnx").exists()
+    assert [file.name for file in site.iterdir()] == ["manifest.json"]
 
 
 # ------------------------------------------------------------------------------------------------------------- failing
@@ -459,6 +481,7 @@ def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "        with _io.staged_directory(out_dir) as folder:\n"
         "            (folder / 'half').write_text('half')\n"
         "            wait()\n"
+        "            _io.write_file_list(folder)\n"
         "        return super().export(model, out_dir, **options)\n"
         "from sglp_deploy.planners.sglp import SglpPlanner\n"
         "class Planner(SglpPlanner):\n"

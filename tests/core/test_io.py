@@ -6,12 +6,13 @@ import json
 import os
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sglp_deploy import _io
-from sglp_deploy.errors import ArtifactError, StorageError
+from sglp_deploy.errors import ArtifactError, ConfigError, StorageError
 
 
 def _names(folder: Path) -> list[str]:
@@ -130,13 +131,18 @@ def test_a_staged_folder_appears_only_when_it_is_complete(tmp_path: Path) -> Non
     assert _names(final.parent) == ["out"]
 
 
+def _written_by_us(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "old").write_text("1")
+    _io.write_file_list(folder)
+    return folder
+
+
 def test_a_staged_folder_replaces_an_older_one_as_a_whole(tmp_path: Path) -> None:
-    final = tmp_path / "out"
-    final.mkdir()
-    (final / "old").write_text("1")
+    final = _written_by_us(tmp_path / "out")
     with _io.staged_directory(final) as folder:
         (folder / "new").write_text("2")
-        assert _names(final) == ["old"]
+        assert (final / "old").is_file()
     assert _names(final) == ["new"]
     assert _names(tmp_path) == ["out"]
 
@@ -148,8 +154,7 @@ def test_a_failure_leaves_no_half_folder_and_the_old_one_whole(
 ) -> None:
     final = tmp_path / "out"
     if existing:
-        final.mkdir()
-        (final / "old").write_text("1")
+        _written_by_us(final)
 
     def fill() -> None:
         with _io.staged_directory(final) as folder:
@@ -159,7 +164,53 @@ def test_a_failure_leaves_no_half_folder_and_the_old_one_whole(
     with pytest.raises((KeyboardInterrupt, StorageError, ValueError)):
         fill()
     assert _names(tmp_path) == (["out"] if existing else [])
-    assert not existing or _names(final) == ["old"]
+    assert not existing or (final / "old").read_text() == "1"
+
+
+def _somebody_edits(folder: Path) -> None:
+    (folder / "old").write_text("2")
+
+
+def _somebody_adds(folder: Path) -> None:
+    (folder / "part").mkdir()
+    (folder / "part" / "notes").write_text("mine")
+
+
+def _somebody_links(folder: Path) -> None:
+    (folder / "old").rename(folder.parent / "elsewhere")
+    (folder / "old").symlink_to(folder.parent / "elsewhere")
+
+
+def _somebody_lists(folder: Path) -> None:
+    (folder / _io.FILE_LIST).write_text('{"schema": "files/1", "files": ["old"]}')
+
+
+def _another_program_s(folder: Path) -> None:
+    (folder / _io.FILE_LIST).unlink()
+    (folder / "manifest.json").write_text('{"files": {"old": {}}}')
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_somebody_edits, "old,"),
+        (_somebody_adds, "part/notes,"),
+        (_somebody_links, "old,"),
+        (_somebody_lists, "old,"),
+        (_another_program_s, "manifest.json and 1 more,"),
+    ],
+)
+def test_a_folder_with_what_we_did_not_write_so_is_refused_before_any_work(
+    tmp_path: Path, change: Callable[[Path], None], named: str
+) -> None:
+    change(final := _written_by_us(tmp_path / "out"))
+    before = {file: file.read_text() for file in final.rglob("*") if file.is_file()}
+    with (
+        pytest.raises(ConfigError, match=rf"out holds other files: {named} .* would be replaced; move it away"),
+        _io.staged_directory(final),
+    ):
+        pytest.fail("work was begun")
+    assert {file: file.read_text() for file in final.rglob("*") if file.is_file()} == before
 
 
 # ------------------------------------------------------------------------------------- where a name stands for another
@@ -180,8 +231,7 @@ def test_a_link_to_a_folder_stays_and_its_target_is_replaced(tmp_path: Path, the
     target, link = tmp_path / "disk" / "out", tmp_path / "link"
     target.parent.mkdir()
     if there:
-        target.mkdir()
-        (target / "old").write_text("")
+        _written_by_us(target)
     link.symlink_to(target)
     with _io.staged_directory(link) as folder:
         (folder / "new").write_text("")

@@ -216,7 +216,17 @@ def _optional(path: Path, kind: str | None = None) -> Json | None:
 
 def _folder_of(root: Path, pattern: str, kind: str) -> dict[str, Json]:
     versions = _VERSIONS.get(kind, (1,))
-    return {file.parent.name: _io.read_json(file, kind, versions) for file in sorted(root.glob(pattern))}
+    files = [file for file in sorted(root.glob(pattern)) if not _is_of_another_program(file)]
+    return {file.parent.name: _io.read_json(file, kind, versions) for file in files}
+
+
+def _is_of_another_program(file: Path) -> bool:
+    """Whether it is sound JSON without a schema; every file of ours names one, and a damaged one is reported."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return not isinstance(value, dict) or "schema" not in value
 
 
 def _provenance(run: Json) -> Json | None:
