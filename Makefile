@@ -110,7 +110,7 @@ test-gguf: $(VENV)/.installed-dev
 	$(call test_in,gguf,SGLP_PYTHON_GGUF,gguf/test_gguf_runtime.py)
 
 test-optimum: $(VENV)/.installed-dev
-	$(call test_in,optimum,SGLP_PYTHON_OPTIMUM,optimum/test_optimum_runtime.py)
+	$(call test_in,optimum,SGLP_PYTHON_OPTIMUM,optimum)
 
 test-modelopt: $(VENV)/.installed-dev
 	$(call test_in,modelopt,SGLP_PYTHON_MODELOPT,tensorrt/test_tensorrt_int8.py)

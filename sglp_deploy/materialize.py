@@ -16,6 +16,8 @@ from sglp_deploy.errors import ArtifactError, PlanError, UnsupportedModelError
 from sglp_deploy.models import FAMILIES, LayerStack, ModelSource, adapter_for, layer_stack, quiet_libraries
 from sglp_deploy.models.proof import check_rebuild, prove
 from sglp_deploy.models.settings import check_settings
+from sglp_deploy.models.side_files import copy_side_files, folder_of
+from sglp_deploy.models.transformers.earlier import TOKENIZER_SETTINGS, name_tokenizer_as_earlier
 from sglp_deploy.overlay import Overlay, stored_tensors
 from sglp_deploy.plan import PruningPlan
 
@@ -253,18 +255,27 @@ def save_checkpoint(model: CompressedModel, out_dir: str | Path) -> Path:
     return out
 
 
-def write_checkpoint_files(model: CompressedModel, folder: Path) -> None:
-    """Fill ``folder`` with the checkpoint and check that it loads back; for exporters that stage their own folder."""
+def write_checkpoint_files(model: CompressedModel, folder: Path) -> Mapping[str, str]:
+    """Fill ``folder`` with the checkpoint and check that it loads back; for exporters that stage their own folder.
+
+    Returns:
+        Why files that lie beside the unpruned model's weights do not lie here, by name.
+    """
     adapter_for(model.module).save(model.module, folder)
     if model.tokenizer is not None:
         with quiet_libraries():
             model.tokenizer.save_pretrained(folder)
+    beside = folder_of(model.source, model.module)
+    left = copy_side_files(beside, folder, model.plan.n_layers, model.tokenizer) if beside is not None else {}
+    if (folder / TOKENIZER_SETTINGS).is_file():
+        name_tokenizer_as_earlier(folder / TOKENIZER_SETTINGS)
     for file in folder.rglob("*"):
         if file.is_file():  # some tokenizers have a folder of chat templates
             # safetensors writes through a private temporary file; the folder is as the user's mask has it.
             file.chmod(folder.stat().st_mode & 0o666)
     model.plan.save(folder / PLAN_FILE)
     check_reload(model, folder)
+    return left
 
 
 def check_reload(model: CompressedModel, folder: Path) -> None:

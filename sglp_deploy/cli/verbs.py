@@ -93,15 +93,18 @@ def run_heal(arguments: argparse.Namespace, console: Console) -> int:
 def run_materialize(arguments: argparse.Namespace, console: Console) -> int:
     """``materialize``: write the shallower checkpoint."""
     from sglp_deploy.cli import session
+    from sglp_deploy.models import ModelSource
+    from sglp_deploy.models.side_files import left_behind
 
     session.check_output_folder(arguments.output)
     plan = session.read_plan(arguments.plan, arguments.overlay)
     compressor = session.plain_compressor(arguments, console)
     folder = compressor.save(plan, arguments.output)
-    console.result(
-        f"{len(plan.keep)} of {plan.n_layers} layers written to {folder}; loaded back bit for bit",
-        {"path": str(folder), "n_layers": len(plan.keep), "plan_digest": plan.digest()},
-    )
+    left = left_behind(ModelSource.from_json(compressor.source), compressor.model, plan.n_layers)
+    lines = [f"{len(plan.keep)} of {plan.n_layers} layers written to {folder}; loaded back bit for bit"]
+    lines += [f"{name} stays behind; it {why}" for name, why in left.items()]
+    facts = {"path": str(folder), "n_layers": len(plan.keep), "plan_digest": plan.digest(), "left_behind": dict(left)}
+    console.result("\n".join(lines), facts)
     return Exit.DONE
 
 

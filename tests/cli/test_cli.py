@@ -142,6 +142,7 @@ def test_the_verbs_go_from_a_model_to_a_certified_artifact(
         "path": str(tmp_path / "smaller"),
         "n_layers": 4,
         "plan_digest": PruningPlan.load(plan_file).digest(),
+        "left_behind": {},
     }
     assert json.loads((tmp_path / "smaller" / "config.json").read_text())["num_hidden_layers"] == 4
 

@@ -61,7 +61,7 @@ def export_checkpoint(
 ) -> ExportArtifact:
     """Write the checkpoint, what ``more`` adds to its folder, and the manifest over all of it."""
     with _io.staged_directory(out_dir) as folder:
-        write_checkpoint_files(model, folder)
+        left = write_checkpoint_files(model, folder)
         more(folder)
         weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         write_manifest(
@@ -75,7 +75,7 @@ def export_checkpoint(
             plan_digest=model.plan.digest(),
             model=model.source.to_json(),
             producer=producer_versions("torch", "transformers", "safetensors"),
-            details=details,
+            details=details | ({"left_behind": dict(left)} if left else {}),
         )
     return ExportArtifact.load(out_dir, check_files=False)
 

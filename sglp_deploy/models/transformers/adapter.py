@@ -16,6 +16,7 @@ from sglp_deploy.models.quiet import quiet_libraries
 from sglp_deploy.models.settings import renumber
 from sglp_deploy.models.transformers.config import apply_changes, config_changes, layer_kinds
 from sglp_deploy.models.transformers.discovery import find_stacks
+from sglp_deploy.models.transformers.earlier import add_earlier_names
 from sglp_deploy.models.transformers.families import FAMILIES, Family
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ class TransformersAdapter:
                     model.generation_config = own
             if own is not None and file.is_file():
                 own.to_json_file(file, use_diff=True, keys_to_pop=["compile_config"])
+        add_earlier_names(folder / "config.json")
 
     def load(self, folder: Path) -> nn.Module:
         """With ``from_pretrained`` of the class the configuration names, and nothing custom."""
