@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -79,6 +79,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a model from a folder, a ``.gguf`` file or a hub identifier, with the class its checkpoint names.
 
+    Its identity is that of the stored weights, whatever type they are loaded in: a plan made with one serves the other.
+    So a model that is loaded in another type than it is stored in is read twice.
+
     Args:
         model: A checkpoint folder, a GGUF file (dequantised to float32), or a hub identifier when online.
         device: Where the weights go, for example ``"cpu"`` or ``"cuda:0"``.
@@ -109,18 +112,20 @@ def load_model(
         adapter = adapter_of_folder(path)
         if adapter is not None and adapter.name != "transformers":
             module = adapter.load(path)
+            source = source_of(module, str(model))  # of the weights as they are stored
             if dtype != "auto":
                 module = module.to(_DTYPES[dtype])
-            return LoadedModel(module.to(device).eval(), None, source_of(module, str(model)))
+            return LoadedModel(module.to(device).eval(), None, source)
     elif path.exists() or not may_be_hub_id(location):
         raise ConfigError(f"{path} is not a model folder or a .gguf file; check the path")
     weights: dict[str, Any] = dict(options)
+    as_stored: Any = torch.float32 if gguf_file else "auto"
     if gguf_file:
         weights["quantization_config"] = transformers.GgufConfig(gguf_file=gguf_file, dequantize=True)
-        weights["dtype"] = _DTYPES.get(dtype, torch.float32)
     else:
-        weights["dtype"] = _DTYPES.get(dtype, "auto")
         weights["use_safetensors"] = None if allow_pickle else True
+    wanted = _DTYPES.get(dtype, as_stored)
+    stored_print: str | None = None
     try:
         with quiet_libraries(), contextlib.ExitStack() as stack:
             if gguf_file:  # its reader draws a bar on stderr with plain tqdm, which no setting turns off
@@ -128,7 +133,12 @@ def load_model(
             config = transformers.AutoConfig.from_pretrained(location, **options)
             own_code = getattr(config, "auto_map", None)  # the attribute exists only where a checkpoint sets it
             loader = transformers.AutoModelForCausalLM if gguf_file or own_code else model_class(config)
-            module, report = loader.from_pretrained(location, output_loading_info=True, **weights)
+            if wanted not in (as_stored, None if gguf_file else config.dtype):
+                stored = loader.from_pretrained(location, dtype=as_stored, **weights)
+                vars(stored.config).pop("_model_name_or_path", None)
+                stored_print = fingerprint(stored)
+                del stored
+            module, report = loader.from_pretrained(location, output_loading_info=True, dtype=wanted, **weights)
     except OSError as error:
         raise ConfigError(
             f"model {str(model)!r} cannot be loaded; {_first_line(error)}; give a checkpoint folder, a .gguf file, or "
@@ -150,6 +160,8 @@ def load_model(
     vars(module.config).pop("_model_name_or_path", None)
     module = module.to(device).eval()
     source = source_of(module, str(model), gguf_file)
+    if stored_print is not None:
+        source = replace(source, fingerprint=stored_print)
     return LoadedModel(module, _load_tokenizer(path, location, options), source)
 
 

@@ -65,6 +65,18 @@ def test_loading_writes_nothing_to_the_terminal(checkpoint: Path, capfd: pytest.
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(("stored", "asked"), [("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "fp16")])
+def test_a_model_s_identity_is_that_of_its_stored_weights(tmp_path: Path, stored: str, asked: str) -> None:
+    folder = tiny.save_tiny(tmp_path / "model", num_hidden_layers=2)
+    module = load_model(folder, dtype=stored).module
+    module.save_pretrained(folder)
+    as_stored, again = load_model(folder), load_model(folder, dtype=asked)
+    assert as_stored.module.dtype is not again.module.dtype
+    assert again.source == as_stored.source
+    plain = source_of(again.module, str(folder))
+    assert plain.fingerprint != again.source.fingerprint  # the type alone tells two models in memory apart
+
+
 def test_the_dtype_is_as_asked(checkpoint: Path) -> None:
     assert load_model(checkpoint, dtype="bf16").module.dtype is torch.bfloat16
     assert load_model(checkpoint).module.dtype is torch.float32
