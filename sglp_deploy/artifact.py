@@ -15,6 +15,8 @@ from sglp_deploy.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 PLAN_FILE = "sglp_plan.json"
+CERTIFICATE = _io.CERTIFICATE
+BUILT = "built"  # folder in which an artifact's own program builds for a device; its runner checks what lies there
 SCHEMA = "artifact/1"  # history: 1 = first
 
 # Element types: the short form, which a manifest calls a precision, and the name of numpy, torch and tensor specs.
@@ -140,7 +142,8 @@ class ExportArtifact:
             check_files: Set to False to skip the digests (a second reader in the same run).
 
         Raises:
-            ArtifactError: If the manifest is missing or of an unknown schema, or a file is missing or altered.
+            ArtifactError: If the manifest is missing or of an unknown schema, a file is missing or altered, or one lies
+                there that it does not list.
         """
         root = Path(path)
         value = _io.read_json(root / MANIFEST, "artifact")
@@ -176,7 +179,20 @@ class ExportArtifact:
                 raise ArtifactError(
                     f"{file} differs from its digest in the manifest; the file was altered; export the artifact again"
                 )
+        for entry in sorted(root.rglob("*")):
+            if entry.is_file() and not _may_lie_there(entry.relative_to(root), entry, artifact.files):
+                raise ArtifactError(
+                    f"{entry} is not in the manifest; a runtime would read it unchecked; move it away, or export the "
+                    "artifact again"
+                )
         return artifact
+
+
+def _may_lie_there(name: Path, file: Path, listed: Mapping[str, FileRecord]) -> bool:
+    """Whether a file in an artifact's folder is listed, hidden, built there, the manifest itself or its certificate."""
+    if name.as_posix() in listed or name.parts[0] == BUILT or any(part.startswith(".") for part in name.parts):
+        return True
+    return name == Path(MANIFEST) or (name == Path(CERTIFICATE) and _io.has_schema(file, "parity/"))
 
 
 @contextmanager

@@ -189,6 +189,7 @@ def verify_artifact(
                 artifact, runner, reference, cases, runner_name=_name(artifact, runner), **facts
             )
     stored = read_stored(exporter, artifact)  # after the runtime, which says more of files that cannot be read
+    faults += _false_facts(artifact, pruned)
     if wrong_type := stored_type_fault(artifact.precision, stored):
         faults.insert(0, wrong_type)
     if not report.passed:
@@ -196,6 +197,21 @@ def verify_artifact(
     faults += _difference(exporter, artifact, pruned)
     stands_in_for = str(getattr(runner, "stands_in_for", "") or "")
     return replace(report, reasons=(*report.reasons, *faults), stands_in_for=stands_in_for)
+
+
+def _false_facts(artifact: ExportArtifact, pruned: CompressedModel) -> list[str]:
+    """What the manifest says of the model and is not so; benchmarks and reports quote it."""
+    faults = []
+    if artifact.n_layers != pruned.n_layers:
+        faults.append(f"the manifest says {artifact.n_layers} layers, the plan keeps {pruned.n_layers}")
+    if artifact.model.get("fingerprint") != pruned.source.fingerprint:
+        faults.append("the manifest names another model than the one compared with")
+    # Those of parts behind the model lie in folders of their own.
+    weights = [each.bytes for name, each in artifact.files.items() if name.endswith(".safetensors") and "/" not in name]
+    least, most = (sum(weights), sum(weights)) if weights else (0, artifact.total_bytes)
+    if not least <= artifact.weight_bytes <= most:
+        faults.append(f"the manifest says {artifact.weight_bytes} bytes of weights, the files hold {most}")
+    return faults
 
 
 def _is_forward(artifact: ExportArtifact) -> bool:

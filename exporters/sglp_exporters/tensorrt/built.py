@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sglp_deploy import _io, registry
-from sglp_deploy.artifact import ExportArtifact
+from sglp_deploy.artifact import BUILT, ExportArtifact
 from sglp_deploy.errors import ArtifactError
 from sglp_deploy.protocols import Runner
 from sglp_exporters.onnx.runner import MODEL_FILE
@@ -39,10 +39,10 @@ def stand_in(artifact: ExportArtifact, network_sha256: str, options: Mapping[str
 
 def built_here(folder: Path, network_sha256: str) -> tuple[Path, dict[str, Any]]:
     """The newest engine that ``build.py`` left in a kit's folder, and its report."""
-    reports = sorted(folder.glob(f"built/*/{REPORT_FILE}"), key=lambda file: file.stat().st_mtime)
+    reports = sorted(folder.glob(f"{BUILT}/*/{REPORT_FILE}"), key=lambda file: file.stat().st_mtime)
     if not reports:
         raise ArtifactError(
-            f"there is no engine in {folder / 'built'}; a kit is built on its target; run python {SCRIPT_FILE} there"
+            f"there is no engine in {folder / BUILT}; a kit is built on its target; run python {SCRIPT_FILE} there"
         )
     report = _io.read_json(reports[-1], "tensorrt-build")
     engine = reports[-1].parent / ENGINE_FILE
