@@ -127,6 +127,7 @@ def parity_json(*, passed: bool = True, artifact_digest: str = digest("pruned"))
         "format": "onnx",
         "runner": "onnxruntime 1.31.0 (CPU)",
         "reference": "torch 2.13 float32",
+        "precision": "fp32",
         "passed": passed,
         "reasons": [] if passed else ["left-padded-batch: KL of 0.92 nats at position 91 is above the threshold 1e-4"],
         "thresholds": {"kl_p99": 1e-6, "kl_max": 1e-4, "top1_stable": 1.0},

@@ -18,7 +18,9 @@ from sglp_bench.report import wording as fmt
 from sglp_bench.report.facts import Json, cards, measurement, missing, section
 from sglp_bench.result import VERSIONS as RESULT_VERSIONS
 from sglp_deploy import _io
+from sglp_deploy.artifact import MANIFEST
 from sglp_deploy.errors import ArtifactError
+from sglp_deploy.parity.certificate import ParityReport
 from sglp_deploy.plan import VERSIONS as PLAN_VERSIONS
 from sglp_deploy.tasks.base import QUALITY_VERSIONS
 
@@ -131,18 +133,27 @@ class RunReport:
     def from_run_folder(cls, path: str | Path) -> RunReport:
         """Make the report of a run folder from its files alone; files that are not there are reported as not measured.
 
+        What can be worked out again is not believed: whether a certificate passed, and whether a file is the one its
+        stage wrote.
+
         Raises:
-            ArtifactError: If the folder is missing, or a file in it is not what its name says.
+            ArtifactError: If the folder is missing, or a file in it is not what its name says, or was changed since the
+                run wrote it.
         """
         root = Path(path)
         if not root.is_dir():
             raise ArtifactError(f"{root} is not a folder; a run folder was expected; check the path")
         run = _optional(root / "run.json") or {}
+        _check_unchanged(root, run)
         return cls(
             plan=_optional(root / "plan.json", "plan"),
             artifacts=_folder_of(root, "checkpoint/manifest.json", "artifact")
             | _folder_of(root, "artifacts/*/manifest.json", "artifact"),
-            parity={file.stem: _io.read_json(file, "parity") for file in sorted((root / "parity").glob("*.json"))},
+            parity={
+                file.stem: ParityReport.load(file)
+                for file in sorted((root / "parity").glob("*.json"))
+                if not _is_of_another_program(file)
+            },
             comparisons=_folder_of(root, "bench/*/comparison.json", "comparison"),
             quality=_optional(root / "quality.json", "quality"),
             results=_folder_of(root, "bench/*/result.json", "result"),
@@ -218,6 +229,31 @@ def _folder_of(root: Path, pattern: str, kind: str) -> dict[str, Json]:
     versions = _VERSIONS.get(kind, (1,))
     files = [file for file in sorted(root.glob(pattern)) if not _is_of_another_program(file)]
     return {file.parent.name: _io.read_json(file, kind, versions) for file in files}
+
+
+def _check_unchanged(root: Path, run: Json) -> None:
+    """Refuse files that are not the ones whose digests ``run.json`` has.
+
+    Raises:
+        ArtifactError: Naming the first such file.
+    """
+    stages = run.get("stages")
+    for name, stage in stages.items() if isinstance(stages, Mapping) else ():
+        outputs = stage.get("outputs") if isinstance(stage, Mapping) and name != "report" else None
+        for output, digest in outputs.items() if isinstance(outputs, Mapping) else ():
+            place = _io.inside(root, str(output))
+            manifest = place / MANIFEST
+            if place.is_file():
+                found = _io.sha256_file(place)
+            elif manifest.is_file():
+                found = _io.sha256_json(_io.read_json(manifest, "artifact"))
+            else:
+                continue  # reported as not measured
+            if found != digest:
+                raise ArtifactError(
+                    f"{place} is not what the stage {name!r} of this run wrote; a report would quote what nobody "
+                    "measured; restore it, or run again"
+                )
 
 
 def _is_of_another_program(file: Path) -> bool:

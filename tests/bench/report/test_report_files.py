@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from report_fixtures import DROP, write_run_folder
 from sglp_bench.report.run_report import RunReport
+from sglp_deploy import _io
+from sglp_deploy.artifact import MANIFEST
 from sglp_deploy.errors import ArtifactError
 
 
@@ -21,6 +24,43 @@ def test_a_run_folder_is_reported_from_its_files_alone(tmp_path: Path) -> None:
     assert report["provenance"]["stages"] == [{"name": "plan", "key": "k", "state": "done", "elapsed_s": 41.0}]
     assert [claim["allowed"] for claim in report["claims"]] == [True, True]
     assert report["missing"] == []
+
+
+def test_a_certificate_s_own_word_for_it_is_not_believed(tmp_path: Path) -> None:
+    write_run_folder(tmp_path)
+    file = tmp_path / "parity" / "onnx.json"
+    value = json.loads(file.read_text())
+    value["reasons"] = ["KL of 0.92 nats at position 91 is above the threshold"]
+    file.write_text(json.dumps(value | {"passed": True}))
+    report = RunReport.from_run_folder(tmp_path).to_json()
+    assert [item["passed"] for item in report["parity"]] == [False]
+    assert not any(claim["allowed"] for claim in report["claims"])
+
+
+@pytest.mark.parametrize("name", ["quality.json", "bench/onnx/comparison.json", "artifacts/onnx/manifest.json"])
+def test_a_file_changed_since_its_stage_wrote_it_is_refused(tmp_path: Path, name: str) -> None:
+    write_run_folder(tmp_path)
+    file, run = tmp_path / name, tmp_path / "run.json"
+    facts = json.loads(run.read_text())
+    output, digest = name, _io.sha256_file(file)
+    if name.endswith(MANIFEST):
+        output, digest = "artifacts/onnx", _io.sha256_json(json.loads(file.read_text()))
+    facts["stages"]["some"] = {"key": "k", "state": "done", "elapsed_s": 1.0, "outputs": {output: digest}}
+    run.write_text(json.dumps(facts))
+    RunReport.from_run_folder(tmp_path)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"remark": "edited"}))
+    with pytest.raises(ArtifactError, match=r"is not what the stage 'some' of this run wrote; .*restore it, or run"):
+        RunReport.from_run_folder(tmp_path)
+
+
+def test_files_of_other_programs_are_passed_over(tmp_path: Path) -> None:
+    write_run_folder(tmp_path)
+    (tmp_path / "artifacts" / "site").mkdir()
+    (tmp_path / "artifacts" / "site" / "manifest.json").write_text('{"name": "an application"}')
+    (tmp_path / "parity" / "mine.json").write_text('{"bits": "odd"}')
+    report = RunReport.from_run_folder(tmp_path).to_json()
+    assert [item["name"] for item in report["artifacts"]] == ["checkpoint", "onnx", "onnx-baseline"]
+    assert [item["name"] for item in report["parity"]] == ["onnx"]
 
 
 def test_an_unfinished_run_folder_is_reported_as_far_as_it_goes(tmp_path: Path) -> None:
