@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sglp_deploy.errors import ConfigError
+from sglp_deploy.errors import ConfigError, StorageError
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -21,6 +24,7 @@ def held(path: Path, *, busy: Callable[[], None]) -> Iterator[None]:
 
     Raises:
         ConfigError: If ``path`` is a symbolic link.
+        StorageError: If the file system has no locks.
         OSError: If it cannot be written.
     """
     if path.is_symlink():
@@ -34,6 +38,13 @@ def held(path: Path, *, busy: Callable[[], None]) -> Iterator[None]:
     except Timeout:
         busy()
         file.acquire()
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        raise StorageError(
+            f"{path} cannot be locked; its file system has no locks (some network file systems and FUSE), and two "
+            "processes would mix their files; name a folder on another disk"
+        ) from error
     try:
         yield
     finally:

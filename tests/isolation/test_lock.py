@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import cli_runs
 from sglp_deploy.cli import ledger
-from sglp_deploy.errors import ConfigError
+from sglp_deploy.errors import ConfigError, StorageError
 from sglp_deploy.isolation import environments, lock
 
 HOLD = (
@@ -109,3 +111,18 @@ def test_a_link_that_is_put_there_in_the_last_moment_is_not_followed_either(
     with pytest.raises(OSError, match="symbolic links"), lock.held(tmp_path / "it.lock", busy=give_up):
         pass
     assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock here")])
+def test_a_file_system_without_locks_is_said_with_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*_arguments: object, **_more: object) -> None:
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with (
+        pytest.raises(StorageError, match=r"\.lock cannot be locked; its file system has no locks .*another disk"),
+        lock.held(tmp_path / ".lock", busy=give_up),
+    ):
+        pytest.fail("it is held")
