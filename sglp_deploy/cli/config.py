@@ -56,6 +56,7 @@
 from __future__ import annotations
 
 import re
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
@@ -82,6 +83,7 @@ _TABLES: Final = tables()
 
 # A name becomes a folder's, and "all" means another folder of a run.  The others are whose options are given too.
 _NAME = re.compile(r"(?!(?:all|plan|repair|heal)$)(?!.*(?:-baseline|-against-torch)$)[A-Za-z0-9][A-Za-z0-9._-]*")
+_PATHS = {"model", "output", "calibration", "text"}  # those in which "~" is the home folder
 _FORMAT = "format"  # the option that says which format is behind a name
 
 # What a flag may still mend: the value is judged when the flags are in.
@@ -270,6 +272,8 @@ class RunConfig(Settings):
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not TOML; {error}; correct that line") from error
         found, faults = _fields(content, file)
+        for name in _PATHS & set(found):
+            found[name] = os.path.expanduser(found[name])
         of_file = found.pop("options", {})
         options = {name: dict(given) for name, given in of_file.items() if name in changes.get("to", of_file)}
         for name, given in changes.pop("options", {}).items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import os
 import shlex
 import signal
@@ -52,9 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: With 2 on a usage error, with 0 after ``--help`` and ``--version``.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a terminal's encoding may lack a letter of a path; say it all the same
+            stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser(given)
-    arguments = parser.parse_args(given)
+    arguments = parser.parse_args([_at_home(word) for word in given])
     from sglp_deploy.cli import flags
 
     flags.check(parser, arguments)
@@ -73,6 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 traceback.print_exc()
             return _report(error, arguments.verb)
+
+
+def _at_home(word: str) -> str:
+    """A path below "~" as it is meant; a shell leaves it so behind "=" and within quotes."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{flag}{equals}{os.path.expanduser(value)}" if value.startswith("~") else word
 
 
 def _report(error: BaseException, verb: str) -> int:

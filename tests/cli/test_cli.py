@@ -23,6 +23,7 @@ from bench_fakes import fake_artifact
 from sglp_deploy import __version__, _io
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.cli import session
+from sglp_deploy.cli.config import RunConfig
 from sglp_deploy.cli.console import Console
 from sglp_deploy.cli.main import main
 from sglp_deploy.plan import PruningPlan
@@ -516,6 +517,30 @@ def test_an_output_folder_that_is_a_file_is_refused_and_kept(
     ):
         assert "file" in refusal(capsys, *below)
     assert file.read_text() == "mine"
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    answer(capsys, "plan", model, "--drop-layers", "1", "--output=~/plans/p.json")
+    (tmp_path / "model").symlink_to(model)
+    answer(capsys, "materialize", "~/model", "~/plans/p.json", "-o", "~/smaller")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "plans", "smaller"]
+    (tmp_path / "sglp.toml").write_text('[model]\npath = "~/model"\n[run]\noutput = "~/out"\n')
+    config = RunConfig.load(tmp_path / "sglp.toml", drop=1, to=("onnx",))
+    assert (config.model, config.output) == (str(tmp_path / "model"), str(tmp_path / "out"))
+
+
+def test_a_name_that_the_terminal_cannot_show_does_not_end_a_command(model: Path, tmp_path: Path) -> None:
+    named = tmp_path / "mod\u00e8le"
+    named.symlink_to(model)
+    done = cli_runs.command(
+        ["plan", str(named), "--drop-layers", "1", "-o", str(tmp_path / "p.json")], PYTHONIOENCODING="ascii"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mod\\xe8le" in done.stderr
 
 
 def test_a_folder_with_somebodys_files_is_never_replaced(
