@@ -18,6 +18,7 @@ from sglp_deploy.healing.texts.corpus import mix_of
 from sglp_deploy.healing.texts.parts import default_parts
 from sglp_deploy.models import LayerStack, LoadedModel, adapter_for, layer_stack, load_model, parameter_sizes, precision
 from sglp_deploy.models.patterns import check_layer_types, pattern_groups
+from sglp_deploy.models.samples import table_of_positions
 from sglp_deploy.overlay import repairs_of
 from sglp_deploy.parity.verify import verify_with_plan
 from sglp_deploy.plan import PruningPlan, by_hand_plan, keep_all_plan, make_plan
@@ -67,7 +68,7 @@ class Compressor:
         layer_stack(loaded.module, stack)  # an unsupported family is refused before any work
         self._stack_name = stack
         self._loaded = loaded
-        self._calibration = calibration or CalibrationSet.builtin()
+        self._calibration = (calibration or CalibrationSet.builtin()).at_most(table_of_positions(loaded.module))
         self._measuring: dict[str, Any] = {"rows": rows, "skip_positions": skip_positions}
         self._progress = progress
         self._evidence: ModelEvidence | None = None
@@ -232,7 +233,7 @@ class Compressor:
             more: Options of the repair as well.
         """
         chosen = self._calibration if calibration is None else calibration
-        batches = self._encoded() if calibration is None else calibration.encode(self.tokenizer)
+        batches = self._encoded() if calibration is None else task_of(self.model).encode(calibration, self._loaded)
         return repaired(
             self._loaded,
             plan,
@@ -266,10 +267,9 @@ class Compressor:
         """
         chosen = options if isinstance(options, HealOptions) else read_heal_options({**(options or {}), **more})
         parts = default_parts(self._calibration, tokenizer=self.tokenizer is not None) if corpus is None else corpus
-        task = task_of(self.model)
         mix = mix_of(parts, self._loaded, chosen, optional=corpus is None, progress=self._progress)
-        place = None if folder is None else Path(folder)
-        return healed(self._loaded, plan, mix, task=task, options=chosen, folder=place, progress=self._progress)
+        how = {"options": chosen, "folder": None if folder is None else Path(folder), "progress": self._progress}
+        return healed(self._loaded, plan, mix, task=task_of(self.model), **how)
 
     def keep_all(self) -> PruningPlan:
         """The baseline: a plan that removes nothing."""

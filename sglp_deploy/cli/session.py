@@ -129,10 +129,11 @@ def _load(console: Console, model: str, **options: Any) -> Compressor:
 
 def perplexity_alone(made: Compressor, text: CalibrationSet, console: Console) -> dict[str, Any]:
     """What ``evaluate`` says of one model."""
+    from sglp_deploy.models.samples import table_of_positions
     from sglp_deploy.tasks import task_of
 
     task = task_of(made.model)
-    batches = text.encode(made.tokenizer)
+    batches = text.at_most(table_of_positions(made.model)).encode(made.tokenizer)
     found = task.evaluate(made.model, batches, progress=lambda done, total: console.progress("evaluate", done, total))
     return {
         "schema": "perplexity/1",

@@ -172,6 +172,12 @@ class CalibrationSet:
         """What a plan records of it: the digest of its rows, where they came from, and their length."""
         return {"digest": batches.digest, "source": self.source, "sequence_length": self.sequence_length}
 
+    def at_most(self, positions: int | None) -> CalibrationSet:
+        """The same in rows that a model with so many positions takes; as it is when None or when they fit."""
+        if positions is None or self.sequence_length <= positions:
+            return self
+        return replace(self, sequence_length=positions)
+
     def resized(self, max_tokens: int) -> CalibrationSet:
         """The same documents with another token budget."""
         return replace(self, max_tokens=max_tokens)

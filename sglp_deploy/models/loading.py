@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +18,7 @@ from torch import nn
 from sglp_deploy import _io
 from sglp_deploy._names import may_be_hub_id, unknown_name
 from sglp_deploy.artifact import ELEMENT_TYPES
-from sglp_deploy.errors import ConfigError, UnsupportedModelError
+from sglp_deploy.errors import ConfigError, SGLPError, UnsupportedModelError
 from sglp_deploy.models.base import ModelSource
 from sglp_deploy.models.library import adapter_for, adapter_of_folder
 from sglp_deploy.models.quiet import quiet_libraries
@@ -131,30 +133,15 @@ def load_model(
             if gguf_file:  # its reader draws a bar on stderr with plain tqdm, which no setting turns off
                 stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             config = transformers.AutoConfig.from_pretrained(location, **options)
-            own_code = getattr(config, "auto_map", None)  # the attribute exists only where a checkpoint sets it
-            loader = transformers.AutoModelForCausalLM if gguf_file or own_code else model_class(config)
+            loader = transformers.AutoModelForCausalLM if gguf_file else _loader(config, trust_remote_code)
             if wanted not in (as_stored, None if gguf_file else config.dtype):
                 stored = loader.from_pretrained(location, dtype=as_stored, **weights)
                 vars(stored.config).pop("_model_name_or_path", None)
                 stored_print = fingerprint(stored)
                 del stored
             module, report = loader.from_pretrained(location, output_loading_info=True, dtype=wanted, **weights)
-    except OSError as error:
-        raise ConfigError(
-            f"model {str(model)!r} cannot be loaded; {_first_line(error)}; give a checkpoint folder, a .gguf file, or "
-            "a hub identifier while online"
-        ) from error
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"model {str(model)!r} cannot be loaded; {_first_line(error)}; check its config.json, and whether this "
-            "transformers knows its model_type"
-        ) from error
     except Exception as error:
-        # safetensors, gguf and the shape check each raise a type of their own, some of them bare Exceptions.
-        raise ConfigError(
-            f"model {str(model)!r} cannot be read; {type(error).__name__}: {_first_line(error)}; its files are damaged "
-            "or do not belong together; get the checkpoint again"
-        ) from error
+        raise _explained(model, path, error) from error
     _check_complete(str(model), report, module)
     # Left by the GGUF reader: a path of this machine, which would travel into every checkpoint written.
     vars(module.config).pop("_model_name_or_path", None)
@@ -163,6 +150,54 @@ def load_model(
     if stored_print is not None:
         source = replace(source, fingerprint=stored_print)
     return LoadedModel(module, _load_tokenizer(path, location, options), source)
+
+
+def _loader(config: Any, trusted: bool) -> Any:
+    """What reads the model: its own class, or where its code came with it and may run, what its ``auto_map`` names."""
+    import transformers
+
+    named = getattr(config, "auto_map", None) or {}  # the attribute exists only where a checkpoint sets it
+    if not trusted:
+        return model_class(config)
+    own = (getattr(config, "architectures", None) or [""])[0]
+    kinds = [kind for kind in named if kind.startswith("AutoModel") and hasattr(transformers, kind)]
+    meant = [kind for kind in kinds if own and str(named[kind]).endswith(f".{own}")]
+    chosen = next(iter([*meant, *(kind for kind in kinds if kind == "AutoModelForCausalLM"), *kinds]), None)
+    return model_class(config) if chosen is None else getattr(transformers, chosen)
+
+
+def _explained(model: str | Path, path: Path, error: Exception) -> SGLPError:
+    """Why transformers could not read a model, in our words."""
+    what, first = f"model {str(model)!r}", _first_line(error)
+    if method := _quantised_by(path):
+        return UnsupportedModelError(
+            f"{what} is stored quantised ({method}), which cannot be read here; {first}; give the checkpoint it was "
+            "quantised from"
+        )
+    if isinstance(error, OSError):
+        return ConfigError(
+            f"{what} cannot be loaded; {first}; give a checkpoint folder, a .gguf file, or a hub identifier while "
+            "online"
+        )
+    if isinstance(error, ValueError | KeyError):
+        return UnsupportedModelError(
+            f"{what} cannot be loaded; {first}; check its config.json, and whether this transformers knows its "
+            "model_type"
+        )
+    # safetensors, gguf and the shape check each raise a type of their own, some of them bare Exceptions.
+    return ConfigError(
+        f"{what} cannot be read; {type(error).__name__}: {first}; its files are damaged or do not belong together; get "
+        "the checkpoint again"
+    )
+
+
+def _quantised_by(path: Path) -> str | None:
+    """What a checkpoint's config.json says it was quantised by; None where it says nothing."""
+    try:
+        stated = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return str(stated.get("quant_method", "of an unnamed kind")) if isinstance(stated, dict) else None
 
 
 def _first_line(error: Exception) -> str:
@@ -230,6 +265,11 @@ def _beyond(module: nn.Module, names: Sequence[str]) -> dict[str, tuple[int, int
 
 
 def _check_folder(path: Path, allow_pickle: bool) -> None:
+    if (path / "adapter_config.json").is_file() and (path / "config.json").is_file():
+        raise ConfigError(
+            f"{path} holds an adapter (adapter_config.json) beside the model; which of the two is meant is not known; "
+            "merge the adapter into the model (peft, merge_and_unload), or move its files away"
+        )
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path} has no config.json; a Hugging Face checkpoint folder was expected; check the path")
     if list(path.glob("*.safetensors")) or allow_pickle:
@@ -257,8 +297,20 @@ def _load_tokenizer(path: Path, location: str, options: dict[str, Any]) -> PreTr
     except Exception as error:
         if not path.exists():
             return None  # a hub identifier; nothing says that the repository has one
-        raise ConfigError(
-            f"the tokenizer of {location} cannot be read; {_first_line(error)}; repair its files, or remove them to "
-            "work with token ids"
-        ) from error
+        words = str(error)
+        if path.is_file() and "no_vocab" in words:
+            return None  # a GGUF file that says that it has none
+        if "trust_remote_code" in words or "custom code" in words:
+            advice = "its code came with it; pass --trust-remote-code if you trust its author"
+        elif (path / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
+            # transformers then tries other readers, and its own words are about the last of them.
+            raise ConfigError(
+                f"the tokenizer of {location} cannot be read; tokenizer.model needs a package that is not installed; "
+                "pip install sentencepiece protobuf"
+            ) from error
+        elif isinstance(error, ImportError):
+            advice = "install the package it needs"
+        else:
+            advice = "repair its files, or work with token ids from a folder without them"
+        raise ConfigError(f"the tokenizer of {location} cannot be read; {_first_line(error)}; {advice}") from error
     return tokenizer

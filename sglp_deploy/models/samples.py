@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,6 +33,25 @@ def attention_window(config: Any, keep: Sequence[int] | None = None) -> int | No
         return None
     found = [getattr(text, name, None) for name in _WINDOWS]
     return max((value for value in found if isinstance(value, int)), default=None)
+
+
+def most_tokens(module: Any) -> int:
+    """Length of the model's table of positions, where it has one, less what some reserve for padding."""
+    text: Any = module.config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    # RoBERTa and its kin number positions from the padding's number on, in the same table.
+    shifted = any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules())
+    offset = (getattr(text, "pad_token_id", None) or 0) + 1 if shifted else 0
+    return int(most) - offset if isinstance(most, int) else sys.maxsize
+
+
+def table_of_positions(module: nn.Module) -> int | None:
+    """How many positions a model has learned a vector for, beyond which there is none; None where it has no table."""
+    learned = any(
+        isinstance(part, nn.Embedding) and re.search(r"wpe|position", path.rpartition(".")[2])
+        for path, part in module.named_modules()
+    )
+    return most_tokens(module) if learned and hasattr(module, "config") else None
 
 
 def main_input(module: nn.Module) -> str:

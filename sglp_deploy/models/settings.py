@@ -13,6 +13,8 @@ from sglp_deploy.errors import ArtifactError
 
 # A layer's number under the names libraries give it; transformers keeps it inside each attention.
 LAYER_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
+# The rule that a list of kinds was filled by.  A layer that keeps a copy reads its own kind off the list.
+_RULES = {"sliding_window_pattern"}
 # Of no effect in evaluation mode, and stochastic depth grows with a layer's place in the whole model.
 _TRAINING_ONLY = {
     "training",
@@ -45,6 +47,7 @@ def layer_settings(layer: nn.Module) -> tuple[Any, ...]:
             if isinstance(value, _SCALARS)
             and name not in LAYER_NUMBERS
             and name not in _TRAINING_ONLY
+            and name not in _RULES
             and not (name == "p" and isinstance(module, _DropoutNd))
             and not name.startswith("_")
         }

@@ -7,7 +7,6 @@ what was traced in every size that may vary, because a size that was burnt into 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from torch import nn
 
 from sglp_deploy.artifact import BEYOND_WINDOW
 from sglp_deploy.errors import BackendError
-from sglp_deploy.models.samples import main_input, sample_inputs
+from sglp_deploy.models.samples import main_input, most_tokens, sample_inputs
 from sglp_deploy.parity import distances
 from sglp_deploy.parity.bounds import ForwardThresholds, forward_thresholds_for
 from sglp_deploy.parity.certificate import ParityReport, judge_forward_case
@@ -175,16 +174,6 @@ def _valid(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> NDArray[np.
         return None
     lengths, width = frames_of(mask.sum(-1)), int(frames_of(mask.shape[1]))
     return np.asarray((torch.arange(width)[None] < lengths.cpu()[:, None]).numpy())
-
-
-def most_tokens(module: Any) -> int:
-    """Length of the model's table of positions, where it has one, less what some reserve for padding."""
-    text: Any = module.config.get_text_config()
-    most = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    # RoBERTa and its kin number positions from the padding's number on, in the same table.
-    shifted = any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules())
-    offset = (getattr(text, "pad_token_id", None) or 0) + 1 if shifted else 0
-    return int(most) - offset if isinstance(most, int) else sys.maxsize
 
 
 def _of(who: str, runner: Runner, case: ForwardCase, output: str, shape: tuple[int, ...]) -> NDArray[Any]:

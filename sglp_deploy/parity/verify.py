@@ -20,13 +20,13 @@ from sglp_deploy.errors import ArtifactError, ConfigError, PlanError
 from sglp_deploy.materialize import CompressedModel
 from sglp_deploy.models import layer_stack, precision
 from sglp_deploy.models.proof import overlaid, passed_over
-from sglp_deploy.models.samples import attention_window, generates, main_input
+from sglp_deploy.models.samples import attention_window, generates, main_input, most_tokens
 from sglp_deploy.overlay import OVERLAY_FILE
 from sglp_deploy.parity.cache import check_cache_layout
 from sglp_deploy.parity.certificate import ParityReport
 from sglp_deploy.parity.decoder import check_parity, prompt_cases
 from sglp_deploy.parity.diagnosis import cache_faults, read_stored, stored_type_fault, weight_faults
-from sglp_deploy.parity.forward import check_forward_parity, forward_cases, most_tokens
+from sglp_deploy.parity.forward import check_forward_parity, forward_cases
 from sglp_deploy.parity.reference import TorchRunner
 from sglp_deploy.plan import PruningPlan
 from sglp_deploy.protocols import GeneratingRunner, Runner

@@ -15,7 +15,7 @@ from sglp_deploy.errors import CalibrationError
 from sglp_deploy.evidence.text import CalibrationSet, TokenBatches
 from sglp_deploy.models import LoadedModel
 from sglp_deploy.models.library import evaluating
-from sglp_deploy.models.samples import generates
+from sglp_deploy.models.samples import generates, table_of_positions
 from sglp_deploy.tasks import require
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class LanguageTask:
 
     def encode(self, data: CalibrationSet, loaded: LoadedModel) -> TokenBatches:
         """Rows of tokens; see :meth:`sglp_deploy.evidence.text.CalibrationSet.encode`."""
-        return data.encode(loaded.tokenizer)
+        return data.at_most(table_of_positions(loaded.module)).encode(loaded.tokenizer)
 
     def held_out(self, **options: Any) -> CalibrationSet:
         """The held-out share of the built-in prose."""
@@ -84,8 +84,9 @@ class LanguageTask:
         low, high = int(batches.input_ids.min()), int(batches.input_ids.max())
         if low < 0 or high >= vocabulary:
             raise CalibrationError(
-                f"token {low if low < 0 else high} is outside the model's vocabulary of {vocabulary}; the token ids "
-                "belong to another model; encode the text with this model's tokenizer"
+                f"token {low if low < 0 else high} is outside the model's vocabulary of {vocabulary}; the tokenizer "
+                "has tokens that the embedding has no rows for (added and never resized), or the token ids belong to "
+                "another model; resize the embedding (resize_token_embeddings), or use text without them"
             )
 
     def loss(self, module: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:

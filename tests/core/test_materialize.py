@@ -281,13 +281,16 @@ def test_a_model_without_a_tokenizer_is_written_without_one(tmp_path: Path) -> N
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "sglp_files.json",
         "sglp_plan.json",
     ]
 
 
 def test_the_type_of_the_weights_is_kept(tmp_path: Path) -> None:
-    loaded = load_model(tiny.save_tiny(tmp_path / "in"), dtype="bf16")
-    pruned = _pruned(loaded, (0, 5))
+    folder = tiny.save_tiny(tmp_path / "in")
+    load_model(folder, dtype="bf16").module.save_pretrained(folder)
+    pruned = _pruned(loaded := load_model(folder), (0, 5))
+    assert loaded.module.dtype is torch.bfloat16
     again = AutoModelForCausalLM.from_pretrained(save_checkpoint(pruned, tmp_path / "out"))
     assert again.dtype is torch.bfloat16
     assert torch.equal(_logits(again, _ids()), _logits(pruned.module, _ids()))

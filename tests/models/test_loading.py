@@ -90,7 +90,7 @@ def test_a_folder_without_tokenizer_files_has_no_tokenizer(copy: Path) -> None:
 
 def test_a_damaged_tokenizer_is_named(copy: Path) -> None:
     (copy / "tokenizer.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"the tokenizer of .*copy cannot be read; .*; repair its files, or remove"):
+    with pytest.raises(ConfigError, match=r"the tokenizer of .*copy cannot be read; .*; repair its files, or work"):
         load_model(copy)
 
 

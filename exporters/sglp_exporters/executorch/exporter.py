@@ -173,8 +173,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 def _max_tokens(options: Mapping[str, Any], model: CompressedModel) -> int | None:
     """Longest sequence the program will have room for; None for a model that takes no tokens."""
-    from sglp_deploy.models.samples import attention_window, main_input
-    from sglp_deploy.parity.forward import most_tokens
+    from sglp_deploy.models.samples import attention_window, main_input, most_tokens
 
     given = options.get("max_tokens")
     module: Any = model.module

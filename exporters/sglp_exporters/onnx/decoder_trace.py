@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 import torch
 
-from sglp_deploy.errors import BackendError
+from sglp_deploy.errors import BackendError, UnsupportedModelError
 from sglp_deploy.models import quiet_libraries
 from sglp_deploy.parity.cache import key_value_sizes
 
@@ -23,7 +23,9 @@ def trace_decoder(module: PreTrainedModel) -> ir.Model:
 
     Raises:
         BackendError: If transformers, torch or ONNX cannot trace it; their exception is chained.
+        UnsupportedModelError: If it turns by another rotary base as a text grows.
     """
+    _refuse_growing_base(module)
     from transformers.exporters import OnnxExporter
     from transformers.exporters.exporter_onnx import OnnxConfig
 
@@ -38,6 +40,16 @@ def trace_decoder(module: PreTrainedModel) -> ir.Model:
         raise not_traced(error) from error
     # torch's graph remembers values it no longer has, and through them the weights; a clone does not.
     return graph_of(exported).clone()
+
+
+def _refuse_growing_base(module: PreTrainedModel) -> None:
+    rope = getattr(module.config.get_text_config(), "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    if any(part.get("rope_type") == "dynamic" for part in parts):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} scales its rotary positions by the type 'dynamic', with a base that grows with "
+            "the text; a graph has one base; export it to torch or vllm, or set another rope_type in its config.json"
+        )
 
 
 def graph_of(exported: Any) -> ir.Model:

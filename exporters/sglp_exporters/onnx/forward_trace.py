@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import onnx_ir as ir
 import torch
 
-from sglp_deploy.errors import BackendError
+from sglp_deploy.errors import BackendError, UnsupportedModelError
 from sglp_deploy.models import quiet_libraries
 from sglp_deploy.models.samples import generates, is_encoder_decoder, sample_inputs
 from sglp_deploy.parity.cache import key_value_sizes
@@ -58,6 +58,7 @@ def trace_forward(module: nn.Module) -> ir.Model:
         UnsupportedModelError: If what it takes as input is unknown.
     """
     _refuse_chunks(module)
+    _refuse_classifier_without_padding(module)
     inputs = sample_inputs(module)
     axes = {name: _axes(name, inputs) for name in inputs}
     varying = {name: dict.fromkeys(range(len(names)), torch.export.Dim.AUTO) for name, names in axes.items()}
@@ -74,6 +75,21 @@ def trace_forward(module: nn.Module) -> ir.Model:
     _name_sizes(graph, axes)
     _refuse_burnt_output(module, graph)
     return program
+
+
+def _refuse_classifier_without_padding(module: nn.Module) -> None:
+    """A classifier on a decoder judges each row by its last token, which it finds by the padding behind it.
+
+    Raises:
+        UnsupportedModelError: If no token is named as padding: such a model refuses more than one row.
+    """
+    config: Any = getattr(module, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    if type(module).__name__.endswith("ForSequenceClassification") and getattr(text, "pad_token_id", 0) is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no pad_token_id, so it takes one row at a time and cannot be exported with a "
+            "batch; set pad_token_id in its config.json to the token its tokenizer pads with"
+        )
 
 
 def _refuse_chunks(module: nn.Module) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Entries that vary between two loads of the same model.
 _VOLATILE_CONFIG = {"_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "dtype"}
+_OWN_CODE = "transformers_modules"  # where transformers puts code that came with a model
 _GENERATION = "generation_config."
 
 
@@ -154,8 +155,21 @@ class TransformersAdapter:
 
         with quiet_libraries():
             config = transformers.AutoConfig.from_pretrained(folder)
-            loader = model_class(config)
-            again, report = loader.from_pretrained(folder, dtype="auto", output_loading_info=True, use_safetensors=True)
+        return self._load(folder, model_class(config))
+
+    def load_as(self, folder: Path, module: nn.Module) -> nn.Module:
+        """:meth:`load`, or with the class of ``module`` where that is code that came with a model and runs already."""
+        if type(module).__module__.startswith(_OWN_CODE):
+            return self._load(folder, type(module), config=type(cast("PreTrainedModel", module).config))
+        return self.load(folder)
+
+    @staticmethod
+    def _load(folder: Path, loader: Any, config: Any = None) -> nn.Module:
+        given = {} if config is None else {"config": config.from_pretrained(folder)}
+        with quiet_libraries():
+            again, report = loader.from_pretrained(
+                folder, dtype="auto", output_loading_info=True, use_safetensors=True, **given
+            )
         faults = {key: sorted(map(str, value)) for key, value in report.items() if value}
         if faults:
             raise ArtifactError(f"the checkpoint does not load cleanly; {json.dumps(faults)}; report this as a bug")
