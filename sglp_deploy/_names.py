@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
 from sglp_deploy.errors import ConfigError
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but tab and newline
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
@@ -32,3 +35,11 @@ def may_be_hub_id(model: str) -> bool:
     return not (
         Path(model).is_absolute() or model.startswith((".", "~")) or model.endswith(".gguf") or model.count("/") > 1
     )
+
+
+def printable(text: str) -> str:
+    """``text`` without what moves a terminal's cursor, changes its colours or turns letters round.
+
+    Names come from other people's files.
+    """
+    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)

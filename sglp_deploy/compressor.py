@@ -268,8 +268,8 @@ class Compressor:
         chosen = options if isinstance(options, HealOptions) else read_heal_options({**(options or {}), **more})
         parts = default_parts(self._calibration, tokenizer=self.tokenizer is not None) if corpus is None else corpus
         mix = mix_of(parts, self._loaded, chosen, optional=corpus is None, progress=self._progress)
-        how = {"options": chosen, "folder": None if folder is None else Path(folder), "progress": self._progress}
-        return healed(self._loaded, plan, mix, task=task_of(self.model), **how)
+        at, by = None if folder is None else Path(folder), self._progress
+        return healed(self._loaded, plan, mix, task=task_of(self.model), options=chosen, folder=at, progress=by)
 
     def keep_all(self) -> PruningPlan:
         """The baseline: a plan that removes nothing."""

@@ -55,8 +55,8 @@
 
 from __future__ import annotations
 
-import re
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
@@ -87,7 +87,7 @@ _PATHS = {"model", "output", "calibration", "text"}  # those in which "~" is the
 _FORMAT = "format"  # the option that says which format is behind a name
 
 # What a flag may still mend: the value is judged when the flags are in.
-_OF_THE_VALUE = ("literal_error", "greater_than_equal")
+_OF_THE_VALUE = ("literal_error", "greater_than_equal", "less_than_equal")
 
 _WORDS = {
     "str": "text",
@@ -250,6 +250,8 @@ class RunConfig(Settings):
             elif kind == "greater_than_equal":
                 least = setting.least
                 faults.append(f"{name}={value} is too small; nothing could be computed; pass {least} or more")
+            elif kind == "less_than_equal":
+                faults.append(f"{name}={value} is too large; nothing could work with it; pass {setting.most} or less")
             else:
                 faults.append(f"{name}={value!r} is of the wrong kind; {_wanted(name)} is read; change it")
         return faults
@@ -308,7 +310,11 @@ def _file_model() -> type[BaseModel]:
         of_table: dict[str, Any] = {}
         for key, name in keys.items():
             setting, default = SETTINGS[name], DEFAULTS[name]
-            about: dict[str, Any] = {"description": setting.hint or setting.text, "ge": setting.least}
+            about: dict[str, Any] = {
+                "description": setting.hint or setting.text,
+                "ge": setting.least,
+                "le": setting.most,
+            }
             if default is None or default is MISSING:  # of a factory nothing is said in the schema
                 about["default_factory"] = lambda: None
             else:

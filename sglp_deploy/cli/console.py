@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sglp_deploy._names import printable
+
 
 class Console:
     """Output of one command.
@@ -44,23 +46,23 @@ class Console:
         """One line about what is going on, on standard error."""
         if not self.quiet:
             self.close()
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
 
     def warn(self, line: str) -> None:
         """One line a user should read even when quiet."""
         self.close()
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        print(f"warning: {printable(line)}", file=sys.stderr, flush=True)
 
     def alarm(self, line: str) -> None:
         """One line that spoils the answer: in red on a terminal, and in words everywhere."""
         self.close()
         red, plain = ("\033[1;31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
-        print(f"{red}{line}{plain}", file=sys.stderr, flush=True)
+        print(f"{red}{printable(line)}{plain}", file=sys.stderr, flush=True)
 
     def result(self, text: str, value: Any) -> None:
         """The command's answer, for people and, with ``--json``, for programs."""
         self.close()
-        print(text)
+        print(printable(text))
         if self._as_json:
             print(json.dumps(value, allow_nan=False))  # ASCII, so that no terminal's encoding can break it
         sys.stdout.flush()  # a reader that has gone is noticed here and not at the interpreter's exit

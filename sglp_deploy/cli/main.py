@@ -20,6 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from sglp_deploy import __version__
+from sglp_deploy._names import printable
 from sglp_deploy.cli.exits import Exit
 from sglp_deploy.errors import ConfigError, IncomparableResultsError, ParityError, SGLPError
 
@@ -166,7 +167,7 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 if __name__ == "__main__":

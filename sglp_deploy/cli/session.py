@@ -20,7 +20,7 @@ from sglp_deploy._names import may_be_hub_id
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.cli.config import RunConfig
 from sglp_deploy.cli.console import Console
-from sglp_deploy.cli.settings import DTYPES
+from sglp_deploy.cli.settings import DTYPES, MOST_THREADS
 from sglp_deploy.errors import CalibrationError, ConfigError, StorageError, UnsupportedModelError
 from sglp_deploy.evidence.text import BUILTIN, CalibrationSet
 from sglp_deploy.healing.texts.parts import GENERAL, WRITTEN, default_parts
@@ -371,8 +371,11 @@ def _check_writable(path: Path) -> None:
 
 def _set_threads(threads: int | None) -> None:
     if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"threads={threads} is not positive; at least one is needed; pass --threads 1 or more")
+        if not 1 <= threads <= MOST_THREADS:
+            raise ConfigError(
+                f"threads={threads} is not between 1 and {MOST_THREADS}; a runtime would end with it; pass --threads "
+                "1 or more, or leave it out"
+            )
         import torch
 
         torch.set_num_threads(threads)

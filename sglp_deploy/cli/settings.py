@@ -12,6 +12,8 @@ from typing import Any, Final, NamedTuple
 
 DTYPES: Final = ("fp32", "fp16", "bf16")
 
+MOST_THREADS: Final = 4096  # runtimes end the process where the system gives no more
+
 NO_REPAIR: Final = "none"  # in place of a repair's name
 
 Option = bool | int | float | str
@@ -34,6 +36,7 @@ class Setting(NamedTuple):
         key: Its key there.
         text: What it means, for help and for the schema (there ``hint`` wins).
         least: The least value of a number.
+        most: The greatest.
         choices: The only values, where they are few and known.
         metavar: What stands for its value in help.
         hint: What is read, for an error message.
@@ -43,6 +46,7 @@ class Setting(NamedTuple):
     key: str
     text: str
     least: int | None = None
+    most: int | None = None
     choices: tuple[str, ...] = ()
     metavar: str | None = None
     hint: str = ""
@@ -73,7 +77,9 @@ class Settings:
     model: str = _setting("model", "path", "", "checkpoint folder, .gguf file, or hub identifier when online")
     device: str = _setting("model", "device", "cpu", "cpu, cuda or cuda:N")
     dtype: str = _setting("model", "dtype", "auto", "element type; auto is as stored", choices=("auto", *DTYPES))
-    threads: int | None = _setting("model", "threads", None, "CPU threads (default: the runtime's choice)", least=1)
+    threads: int | None = _setting(
+        "model", "threads", None, "CPU threads (default: the runtime's choice)", least=1, most=MOST_THREADS
+    )
     trust_remote_code: bool = _setting("model", "trust_remote_code", False, "run code that comes with it")
     allow_pickle: bool = _setting("model", "allow_pickle", False, "accept weights stored as pickle")
 
@@ -194,7 +200,7 @@ class Settings:
     )
 
     output: str = _setting("run", "output", "runs/run", "run folder")
-    seed: int = _setting("run", "seed", 0, "seed", least=0)
+    seed: int = _setting("run", "seed", 0, "seed", least=0, most=2**63 - 1)
 
 
 SETTINGS: Final[Mapping[str, Setting]] = {item.name: item.metadata["setting"] for item in fields(Settings)}

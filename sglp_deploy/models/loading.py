@@ -22,6 +22,7 @@ from sglp_deploy.errors import ConfigError, SGLPError, UnsupportedModelError
 from sglp_deploy.models.base import ModelSource
 from sglp_deploy.models.library import adapter_for, adapter_of_folder
 from sglp_deploy.models.quiet import quiet_libraries
+from sglp_deploy.models.side_files import DEPTHS
 from sglp_deploy.models.transformers.adapter import model_class
 from sglp_deploy.models.transformers.rules import PREDICTION_HEADS
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 # Elements of each tensor that enter the fingerprint.  A trained tensor differs from another one nearly everywhere, and
 # reading all of a 70-billion-parameter model only to name it would take minutes.
 _FINGERPRINT_SAMPLES = 1024
+
+_DEEPEST = 10_000  # layers
 
 _DTYPES: dict[str, torch.dtype] = {short: getattr(torch, name) for short, name in ELEMENT_TYPES.items()}
 
@@ -214,6 +217,12 @@ def _check_device(device: str) -> None:
             f"device {device!r} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices; use "
             "--device cpu"
         )
+    try:
+        holds = kind.type != "meta" and torch.zeros(1, device=kind).item() == 0
+    except (RuntimeError, NotImplementedError, AssertionError):  # each backend has its own way to be absent
+        holds = False
+    if not holds:
+        raise ConfigError(f"device {device!r} holds no numbers here; nothing could be computed; use --device cpu")
 
 
 def _check_complete(model: str, report: dict[str, Any], module: nn.Module) -> None:
@@ -272,6 +281,7 @@ def _check_folder(path: Path, allow_pickle: bool) -> None:
         )
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path} has no config.json; a Hugging Face checkpoint folder was expected; check the path")
+    _check_depth(path / "config.json")
     if list(path.glob("*.safetensors")) or allow_pickle:
         return
     if list(path.glob("*.bin")) or list(path.glob("*.pt")) or list(path.glob("*.pth")):
@@ -280,6 +290,22 @@ def _check_folder(path: Path, allow_pickle: bool) -> None:
             "--allow-pickle if you trust its author"
         )
     raise ConfigError(f"{path} holds no *.safetensors file; the weights are missing; check the folder")
+
+
+def _check_depth(file: Path) -> None:
+    """Refuse a depth that no model has before a library builds so many layers."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # transformers says what is wrong with it
+    parts = [config, *config.values()] if isinstance(config, dict) else []
+    for part in parts:
+        for name in DEPTHS if isinstance(part, dict) else ():
+            depth = part.get(name)
+            if isinstance(depth, int) and not 0 <= depth <= _DEEPEST:
+                raise ConfigError(
+                    f"{file} says {name}={depth}; no model has so many layers (0 to {_DEEPEST}); correct the entry"
+                )
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")

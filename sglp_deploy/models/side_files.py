@@ -41,7 +41,7 @@ _WRONG = {
     PLAN_FILE: "is the plan that the unpruned model was itself made by",
     MANIFEST: "lists the unpruned model's files",
 }
-_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 _LARGEST = 256 * 1024**2  # bytes; the largest tokenizers have 40 MB
 _WRITTEN = ("config.json", "generation_config.json", FILE_LIST)
 
@@ -186,7 +186,7 @@ def _wrong(file: Path, n_layers: int) -> str | None:
 
 def _stated(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
-        yield from (value[name] for name in _DEPTHS if name in value)
+        yield from (value[name] for name in DEPTHS if name in value)
 
 
 def _json(file: Path) -> Any:

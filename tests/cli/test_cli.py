@@ -420,6 +420,8 @@ def test_dropping_every_layer_is_refused(
         (["--keep", "0"], "keep=0 is out of range"),
         (["--drop", "1", "--option", "n_segments=0"], "n_segments=0 is too small"),
         (["--drop", "1", "--threads", "0"], "threads=0 is too small"),
+        (["--drop", "1", "--threads", "100000"], "threads=100000 is too large; nothing could work with it; pass 4096"),
+        (["--drop", "1", "--seed", str(2**63)], f"seed={2**63} is too large"),
     ],
 )
 def test_a_wrong_value_is_refused_before_the_model_is_read(
@@ -531,6 +533,19 @@ def test_a_tilde_is_the_home_folder_in_every_path(
     (tmp_path / "sglp.toml").write_text('[model]\npath = "~/model"\n[run]\noutput = "~/out"\n')
     config = RunConfig.load(tmp_path / "sglp.toml", drop=1, to=("onnx",))
     assert (config.model, config.output) == (str(tmp_path / "model"), str(tmp_path / "out"))
+
+
+def test_no_name_reaches_the_terminal_as_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "mod\x1b]0;title\x07\u202eeman\tcolumn"
+    shown = r"mod\x1b]0;title\x07\u202eeman" + "\tcolumn"
+    console = Console()
+    console.note(words)
+    console.warn(words)
+    console.result(words, {})
+    out, err = capsys.readouterr()
+    assert (out, err) == (f"{shown}\n", f"{shown}\nwarning: {shown}\n")
+    assert main(["show", words]) == 1
+    assert r"\x1b]0;title" in capsys.readouterr().err
 
 
 def test_a_name_that_the_terminal_cannot_show_does_not_end_a_command(model: Path, tmp_path: Path) -> None:

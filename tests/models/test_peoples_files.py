@@ -173,3 +173,15 @@ def test_what_a_graph_cannot_hold_is_refused_in_words(tmp_path: Path) -> None:
     compressor = Compressor.from_pretrained(_write(tmp_path / "c", module=classifier))
     with pytest.raises(UnsupportedModelError, match=r"has no pad_token_id, .*; set pad_token_id in its config\.json"):
         compressor.export(compressor.plan_by_hand([1]), "onnx", tmp_path / "onnx")
+
+
+@pytest.mark.parametrize("depth", [10**12, -1])
+def test_a_depth_no_model_has_is_refused_before_anything_is_built(tmp_path: Path, depth: int) -> None:
+    folder = _write(tmp_path / "m", num_hidden_layers=depth)
+    with pytest.raises(ConfigError, match=rf"says num_hidden_layers={depth}; no model has so many layers"):
+        load_model(folder)
+
+
+def test_a_device_without_numbers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="device 'meta' holds no numbers here"):
+        load_model(_write(tmp_path / "m"), device="meta")
