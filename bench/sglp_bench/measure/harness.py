@@ -28,7 +28,7 @@ from sglp_bench.result import ArmResult, BenchmarkResult, Block, artifact_facts,
 from sglp_bench.workloads.protocol import BenchmarkWorkload
 from sglp_deploy import _io, registry
 from sglp_deploy.artifact import ExportArtifact
-from sglp_deploy.errors import ArtifactError, BenchmarkError, ConfigError, IncomparableResultsError
+from sglp_deploy.errors import ArtifactError, BenchmarkError, ConfigError, IncomparableResultsError, SGLPError
 from sglp_deploy.parity.certificate import ParityReport
 
 CONTROL = "control"
@@ -271,19 +271,34 @@ class _Run:
             return None
         try:
             saved = _io.read_json(file, "saved-block")
-        except ArtifactError:  # written by another version: measure again
+            answer, key = dict(saved["answer"]), saved["key"]
+            if key == self._key(label, mode, index):
+                self._check(label, mode, index, answer)
+        except (SGLPError, KeyError, TypeError, ValueError, AttributeError):  # damaged, or of another version
+            aside = file.with_suffix(".unreadable")
+            file.replace(aside)
+            self._progress(0, 1, f"{file.name} cannot be read; set aside as {aside.name} and measured again")
             return None
-        return dict(saved["answer"]) if saved["key"] == self._key(label, mode, index) else None
+        return answer if key == self._key(label, mode, index) else None
+
+    def _check(self, label: str, mode: str, index: int, answer: Mapping[str, Any]) -> None:
+        """Read everything in an answer that is used later.
+
+        Raises:
+            BenchmarkError: If the samples are not those of the workload.
+            KeyError, TypeError, AttributeError: If a field is missing or of another kind.
+        """
+        if mode == "time":
+            check_samples(label, self._block(Slot(index, 0, 0, label), answer), self._workload)
+        else:
+            for reading in answer["memory"].values():
+                MemoryReading.from_json(reading)
 
     def _start(self, label: str, mode: str, index: int) -> dict[str, Any]:
         spec = {**self._specs[label], "mode": mode}
         answer = self._device.run(spec, label=label, threads=self._workload.threads, timeout_s=self._timeout_s)
         try:  # before it is saved: an unusable answer must not be found by a resumed run
-            if mode == "time":
-                check_samples(label, self._block(Slot(index, 0, 0, label), answer), self._workload)
-            else:
-                for reading in answer["memory"].values():
-                    MemoryReading.from_json(reading)
+            self._check(label, mode, index, answer)
         except (KeyError, TypeError, AttributeError) as error:
             raise BenchmarkError(
                 f"the worker of arm {label!r} gave an answer without a usable field; {error!r}; "

@@ -1,6 +1,6 @@
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,40 @@ def test_saved_blocks_of_another_benchmark_are_not_reused(
     benchmark_pair(base, pruned, work, out_dir=tmp_path / "out", control=False)
     baseline_kept = change == "artifact"  # its memory pass stands; its halves lack their partner
     assert len(started) == (5 if baseline_kept else 6)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:40],
+        lambda text: "[]",
+        lambda text: '{"schema": "saved-block/1"}',
+        lambda text: '{"schema": "saved-block/1", "key": 3, "answer": 4}',
+        lambda text: text.replace('"load_s"', '"lode_s"').replace('"memory"', '"memories"'),
+    ],
+)
+def test_saved_blocks_that_cannot_be_read_are_set_aside_and_measured_again(
+    tmp_path: Path, started: list[str], damage: Callable[[str], str]
+) -> None:
+    said: list[str] = []
+
+    def stop(done: int, total: int, text: str) -> None:
+        if done == total - 1:
+            raise KeyboardInterrupt
+
+    arms = two_artifacts(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark_pair(*arms, TINY, out_dir=tmp_path / "out", control=False, progress=stop)
+    started.clear()
+    blocks = tmp_path / "out" / "blocks"
+    for file in list(blocks.iterdir()):
+        file.write_text(damage(file.read_text()))
+    benchmark_pair(
+        *arms, TINY, out_dir=tmp_path / "out", control=False, progress=lambda done, total, text: said.append(text)
+    )
+    assert len(started) == 6
+    assert "0000-baseline.json cannot be read; set aside as 0000-baseline.unreadable and measured again" in said
+    assert (tmp_path / "out" / "result.json").is_file()
 
 
 def test_an_answer_without_its_fields_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
