@@ -11,13 +11,19 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]  # the module is asked for before each use
 
 from sglp_deploy.errors import ArtifactError, ConfigError, StorageError
 
 _CHUNK_BYTES = 1 << 20
+_ALIVE = ".alive"  # in a scratch folder; locked while its owner lives
 # What a folder of ours lists its files in, each with its digest, and what the schema of such a list begins with.
 FILE_LIST = "sglp_files.json"
 _LISTS = {"manifest.json": "artifact/", FILE_LIST: "files/"}
@@ -210,6 +216,56 @@ def staged_directory(final: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
+
+@contextmanager
+def scratch(purpose: str) -> Iterator[Path]:
+    """A folder for the time being, in the system's temporary folder.
+
+    It goes when the block ends.  Those of killed processes go at the next such block: a living owner holds a lock on a
+    file in its own, on systems that have such locks.
+    """
+    prefix = f"sglp-{purpose}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        if _is_abandoned(left):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix) as name:
+        folder = Path(name)
+        with (folder / f"{_ALIVE}.tmp").open("w") as file:
+            if fcntl is not None:
+                with suppress(OSError):  # without locks on this disk the folder is nobody's to sweep
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    os.replace(file.name, folder / _ALIVE)  # locked before it can be seen
+            yield folder
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """Whether nobody holds a scratch folder any more; False where that cannot be told."""
+    try:
+        if fcntl is None or folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            return False
+        with (folder / _ALIVE).open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except OSError:  # held, gone meanwhile, or without such a file
+        return False
+
+
+def cache_folder() -> Path:
+    """Where we keep what can be made again: below ``$XDG_CACHE_HOME``, else the user's ``.cache``.
+
+    Raises:
+        ConfigError: If neither is known.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        cache = Path(given) if given else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise ConfigError(
+            "no home folder is known; HOME is not set and the system has no entry for this user; set HOME, or "
+            "XDG_CACHE_HOME to a folder for what can be made again"
+        ) from error
+    return cache / "sglp-deploy"
 
 
 def has_schema(file: Path, schema: str) -> bool:

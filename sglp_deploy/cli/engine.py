@@ -53,6 +53,8 @@ class Engine:
             StorageError: If it cannot be written.
         """
         with ledger.run_folder(self.root):
+            if aside := ledger.set_aside_unreadable(self.root):
+                self.note(f"{ledger.RUN_FILE} cannot be read; kept as {aside}, and every stage runs again")
             self.stages = ledger.read_stages(self.root)
             yield
 

@@ -33,7 +33,7 @@ ASIDE = "aside"  # artifacts somebody has changed; nothing reads them
 _BEFORE = (DECIDED, REPAIRED)
 
 # Every name a run writes at the top of its folder; anything else there belongs to somebody.
-_LAYOUT = {RUN_FILE, "plan.json", OVERLAY_FILE, "quality.json", DECISION}
+_LAYOUT = {RUN_FILE, f"{RUN_FILE}.unreadable", "plan.json", OVERLAY_FILE, "quality.json", DECISION}
 _LAYOUT |= {"repaired", ASIDE, HEALING, "checkpoint", "artifacts", "parity", "bench", "report"}
 
 # Where a killed run can have left a temporary name, and nowhere else: the folder may hold a user's own files too.
@@ -92,6 +92,20 @@ class Stage:
             return all(self.outputs[output] == output_digest(root / output) for output in outputs)
         except (ArtifactError, OSError, KeyError):
             return False
+
+
+def set_aside_unreadable(root: Path) -> str | None:
+    """Move a ``run.json`` that cannot be read out of the way of the new one; the name it has now, or None."""
+    file = root / RUN_FILE
+    if not file.is_file():
+        return None
+    try:
+        _io.read_json(file, "run", (1, 2))
+    except ArtifactError:
+        aside = file.with_name(f"{RUN_FILE}.unreadable")
+        file.replace(aside)
+        return aside.name
+    return None
 
 
 def read_stages(root: Path) -> dict[str, Stage]:

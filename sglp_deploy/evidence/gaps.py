@@ -7,7 +7,6 @@ disk, so memory grows neither with tokens nor with layers.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sglp_deploy import _io
 from sglp_deploy.errors import CalibrationError, UnsupportedModelError
 from sglp_deploy.evidence.branches import Branch, find_branches, flat, inputs_of, watching, with_bias
 from sglp_deploy.evidence.least_squares import NormalEquations, best_ridge
@@ -127,8 +127,8 @@ class GapMeter:
         n_layers = self._stack.n_layers
         values = np.full((n_layers, longest), np.inf)
         judged = np.zeros((n_layers, longest), dtype=bool)
-        with tempfile.TemporaryDirectory(prefix="sglp-gaps-") as folder:
-            streams = StreamWindow(Path(folder), self._extend)
+        with _io.scratch("gaps") as folder:
+            streams = StreamWindow(folder, self._extend)
             wanted = self._unpruned(self._judging[:1])
             for start in range(n_layers):
                 lengths = [n for n in range(1, longest + 1) if start + n <= n_layers]
@@ -162,13 +162,13 @@ class GapMeter:
         """
         indices = [*self._first(self._fitted_on, CHAIN_TOKENS), *self._held_out]
         damage = []
-        with tempfile.TemporaryDirectory(prefix="sglp-gaps-") as folder:
+        with _io.scratch("gaps") as folder:
             gaps = [gaps_of(plan) for plan in plans]
             ends = sorted({start + length for each in gaps for start, length in each if start})
-            behind = self._dense(Path(folder), ends, indices)
+            behind = self._dense(folder, ends, indices)
             wanted = self._unpruned(self._judging)
             for number, each in enumerate(gaps):
-                damage.append(self._chain(Path(folder) / "chain.f32", each, behind, indices, wanted))
+                damage.append(self._chain(folder / "chain.f32", each, behind, indices, wanted))
                 self._report("repaired plans", number + 1, len(plans))
         return damage
 

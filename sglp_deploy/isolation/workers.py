@@ -11,9 +11,9 @@ import os
 import select
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sglp_deploy import _io
 from sglp_deploy.errors import BackendError
+from sglp_deploy.isolation.children import WATCHED, end_group
 
 # Names the folder that holds worker_loop.py, for the script to put on its path.
 LOOP_VARIABLE = "SGLP_WORKER_LOOP"
@@ -55,7 +57,8 @@ class Worker:
         self._timeout_s = timeout_s
         self._environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._cleanup = ExitStack()
+        self._scratch: Path | None = None
         self._answers = -1
         self._buffer = b""
         self._arrays = 0
@@ -66,26 +69,32 @@ class Worker:
         Raises:
             BackendError: If the interpreter cannot be started.
         """
-        self._scratch = tempfile.TemporaryDirectory(prefix="sglp-worker-")
+        scratch = self._scratch = self._cleanup.enter_context(_io.scratch("worker"))
         read, write = os.pipe()
         # Our packages must not leak into the other interpreter: it has its own torch.
-        base = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+        base = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")} | WATCHED
         try:
-            with (Path(self._scratch.name) / "log").open("wb") as log:
+            with (scratch / "log").open("wb") as log:
                 self._process = subprocess.Popen(
                     [*self._command, str(write)],
-                    cwd=self._scratch.name,
+                    cwd=scratch,
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     pass_fds=(write,),
                     # Safe path: the modules beside a worker's script are ours, and their names would shadow others.
-                    env={**base, "PYTHONSAFEPATH": "1", LOOP_VARIABLE: str(_LOOP_FOLDER), **self._environment},
+                    env={
+                        **base,
+                        **WATCHED,
+                        "PYTHONSAFEPATH": "1",
+                        LOOP_VARIABLE: str(_LOOP_FOLDER),
+                        **self._environment,
+                    },
                     start_new_session=True,
                 )
         except OSError as error:
             os.close(read)
-            self._scratch.cleanup()
+            self._cleanup.close()
             raise BackendError(f"the {self._name} worker cannot be started; {error}; check the interpreter") from error
         finally:
             os.close(write)
@@ -100,9 +109,8 @@ class Worker:
         if self._answers >= 0:
             os.close(self._answers)
             self._answers = -1
-        if self._scratch is not None:
-            self._scratch.cleanup()
-            self._scratch = None
+        self._scratch = None
+        self._cleanup.close()
 
     def ask(self, request: str, *, timeout_s: float | None = None, **values: Any) -> dict[str, Any]:
         """Send one request and wait for its answer; numpy arrays travel as files in both directions.
@@ -165,7 +173,7 @@ class Worker:
             return value
         assert self._scratch is not None
         self._arrays += 1
-        path = Path(self._scratch.name) / f"in-{self._arrays}.npy"
+        path = self._scratch / f"in-{self._arrays}.npy"
         np.save(path, value, allow_pickle=False)
         return {"npy": str(path)}
 
@@ -174,7 +182,7 @@ class Worker:
             return value
         assert self._scratch is not None
         path = Path(value["npy"]).resolve()
-        if not path.is_relative_to(Path(self._scratch.name).resolve()):
+        if not path.is_relative_to(self._scratch.resolve()):
             raise ValueError(f"{value['npy']} lies outside the exchange folder")
         array: NDArray[Any] = np.load(path, allow_pickle=False)
         path.unlink()
@@ -183,7 +191,7 @@ class Worker:
     def _tail(self) -> str:
         if self._scratch is None:
             return ""
-        text = (Path(self._scratch.name) / "log").read_text(encoding="utf-8", errors="replace").strip()
+        text = (self._scratch / "log").read_text(encoding="utf-8", errors="replace").strip()
         lines = text.splitlines()[-_LAST_LINES:]
         return "\n  its last lines:\n    " + "\n    ".join(lines) if lines else ""
 
@@ -191,9 +199,7 @@ class Worker:
         process, self._process = self._process, None
         if process is None:
             return
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        end_group(process)
         if process.stdin is not None:
             try:
                 process.stdin.close()

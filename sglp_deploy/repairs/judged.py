@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from math import isfinite
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglp_deploy import _io
@@ -71,11 +69,11 @@ def repaired(
     started = time.perf_counter()
     pruned = materialize(loaded.module, plan, loaded.source, tokenizer=loaded.tokenizer)
     why = ""
-    with tempfile.TemporaryDirectory(prefix="sglp-repair-") as folder:
+    with _io.scratch("repair") as folder:
         stack = layer_stack(loaded.module, plan.stack)
         # A third party's repair that says nothing of it gets the model as it is.
         precision = precision_of(getattr(chosen, "precision", "fp32"), loaded.module)
-        bench = Workbench(loaded.module, stack, pruned, task, list(batches), Path(folder), progress, precision)
+        bench = Workbench(loaded.module, stack, pruned, task, list(batches), folder, progress, precision)
         dense, before = bench.loss(loaded.module), bench.loss(pruned.module)
         try:
             fitted = made.fit(bench, chosen)

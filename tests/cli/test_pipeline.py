@@ -318,6 +318,19 @@ def test_a_run_file_that_cannot_be_trusted_is_not_believed(content: str, tmp_pat
     assert ledger.read_stages(tmp_path) == {}
 
 
+def test_a_run_file_that_cannot_be_read_is_set_aside_by_name_and_everything_runs_again(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = tmp_path / "demo"
+    assert again(model, demo, to="vllm") == VLLM
+    (demo / "run.json").write_text('{"schema": "run/2", "stages": ')
+    capsys.readouterr()
+    assert main([item for item in cli_runs.run_arguments(model, demo, to="vllm") if item != "-q"]) == 0
+    assert "run.json cannot be read; kept as run.json.unreadable, and every stage runs" in capsys.readouterr().err
+    assert (demo / "run.json.unreadable").read_text() == '{"schema": "run/2", "stages": '
+    assert all(stage["note"] != "kept" for stage in stages(demo).values())
+
+
 def test_without_its_run_file_a_folder_is_run_from_the_start(model: Path, tmp_path: Path) -> None:
     assert again(model, tmp_path / "demo", to="vllm") == VLLM
     (tmp_path / "demo" / "run.json").unlink()

@@ -298,3 +298,16 @@ def test_new_files_and_folders_are_as_the_mask_has_them_and_old_ones_keep_their_
 def test_a_refusal_in_the_words_of_a_rust_library_is_recognised_by_its_number(tmp_path: Path, code: int) -> None:
     with pytest.raises(StorageError, match=r"cannot write .*run the same command again"), _io.storage_errors(tmp_path):
         raise RuntimeError(f"Error while serializing: I/O error: whatever (os error {code})")
+
+
+def test_without_a_home_folder_it_is_said_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _io.cache_folder() == tmp_path / "sglp-deploy"
+
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", unknown)
+    with pytest.raises(ConfigError, match=r"no home folder is known; HOME is not set .*; set HOME, or XDG_CACHE_HOME"):
+        _io.cache_folder()

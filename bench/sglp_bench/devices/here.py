@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from sglp_bench.devices.environment import collect_environment, thread_variables
 from sglp_deploy import _io
 from sglp_deploy.errors import ArtifactError, BenchmarkError
+from sglp_deploy.isolation.children import WATCHED, end_group
 
 _STDERR_LINES = 12
 
@@ -53,13 +53,13 @@ def run_worker(spec: Mapping[str, Any], *, label: str, threads: int | None, time
         BenchmarkError: If the process fails, is killed, takes too long, or leaves no readable answer; the message
             ends with the last lines of its standard error.
     """
-    with tempfile.TemporaryDirectory(prefix="sglp-block-") as scratch:
-        folder = Path(scratch)
+    with _io.scratch("block") as folder:
         _io.write_json(folder / "spec.json", spec)
         # The child imports what the parent imports, from a checkout as well as from an installation.
         environment = {
             **os.environ,
             **thread_variables(threads),
+            **WATCHED,
             "PYTHONPATH": os.pathsep.join(str(Path(entry or ".").resolve()) for entry in sys.path),
         }
         command = [sys.executable, "-P", "-m", "sglp_bench.measure.worker", "spec.json", "answer.json"]
@@ -67,7 +67,7 @@ def run_worker(spec: Mapping[str, Any], *, label: str, threads: int | None, time
             process = subprocess.Popen(
                 command,
                 cwd=folder,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # nothing is written; it closes when we end, and the worker then ends too
                 stdout=out,
                 stderr=err,
                 env=environment,
@@ -81,7 +81,9 @@ def run_worker(spec: Mapping[str, Any], *, label: str, threads: int | None, time
                     f"large for this machine; pass a larger timeout_s or a smaller workload{_tail(folder)}"
                 ) from None
             finally:
-                _kill(process)
+                end_group(process)
+                assert process.stdin is not None
+                process.stdin.close()
         if status != 0:
             how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
             hint = "; the machine may be out of memory" if status == -signal.SIGKILL else ""
@@ -97,15 +99,6 @@ def run_worker(spec: Mapping[str, Any], *, label: str, threads: int | None, time
                 f"check what its exporter writes or calls (os._exit?){_tail(folder)}"
             ) from error
     return answer
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-        process.wait()
 
 
 def _tail(folder: Path) -> str:

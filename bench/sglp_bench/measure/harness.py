@@ -12,7 +12,6 @@ import json
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,8 +184,8 @@ def run_arms(
         }
         for label, artifact in artifacts.items()
     }
-    with tempfile.TemporaryDirectory(prefix="sglp-bench-") as scratch:
-        folder = Path(scratch if out_dir is None else out_dir)
+    with _io.scratch("bench") as scratch:
+        folder = scratch if out_dir is None else Path(out_dir)
         run = _Run(device, folder / "blocks", specs, environment, workload, timeout_s, progress)
         memory, blocks = run.measure()
         result = BenchmarkResult(

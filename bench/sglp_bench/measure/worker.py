@@ -21,6 +21,7 @@ from sglp_bench.workloads.kinds import workload_from_json
 from sglp_deploy import _io, registry
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import BenchmarkError, ConfigError, SGLPError
+from sglp_deploy.isolation.worker_side.parent_watch import end_with_parent
 from sglp_deploy.protocols import Exporter
 
 _MEMORY_ITERATIONS = 2  # the second call is where a runtime's workspace has reached its size
@@ -87,6 +88,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 2:
         print("usage: python -m sglp_bench.measure.worker SPEC.json OUT.json", file=sys.stderr)
         return 2
+    end_with_parent()
     try:
         spec = _io.read_json(Path(arguments[0]), "block-spec")
         _restore_pythonpath(spec)

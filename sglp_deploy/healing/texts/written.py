@@ -8,7 +8,6 @@ the question and then with its answer (Magpie, arXiv:2406.08464).
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -72,8 +71,7 @@ def written_text(
 
 def cache_folder() -> Path:
     """Where written text is kept."""
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(cache) / "sglp-deploy" / "written"
+    return _io.cache_folder() / "written"
 
 
 def _read(file: Path, pieces: int) -> NDArray[np.int64] | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import parent_watch
 
 
 def serve(requests: Mapping[str, Callable[..., Mapping[str, Any]]]) -> None:
@@ -22,6 +23,7 @@ def serve(requests: Mapping[str, Callable[..., Mapping[str, Any]]]) -> None:
         requests: Name of a request to the function that answers it; keyword arguments in, a mapping out.  Numpy arrays
             may stand in both.
     """
+    parent_watch.end_with_parent()
     answers = os.fdopen(int(sys.argv[1]), "w")
     folder = os.getcwd()
     for line in sys.stdin:

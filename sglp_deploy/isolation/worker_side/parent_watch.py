@@ -1,0 +1,42 @@
+"""Ends a process and its children when the process that started it is gone, however that ended.
+
+Standard input is a pipe whose other end the parent holds.  The system closes it with the parent.  Standard library
+only: it runs in other interpreters too, and before ``python -c`` and scripts of others.
+"""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+
+VARIABLE = "SGLP_PARENT_WATCHED"  # set by a parent that keeps the pipe
+
+
+def end_with_parent() -> None:
+    """Kill this process group once nobody holds the other end of standard input.
+
+    Does nothing in a process that was not started for it, by hand for example, nor where there is no ``poll``.
+    """
+    asked = os.environ.pop(VARIABLE, "")
+    if not asked or not hasattr(select, "poll") or os.getpgid(0) != os.getpid():
+        return
+
+    def watch() -> None:
+        hangup = select.poll()
+        hangup.register(0, 0)  # no input is waited for; a hang-up is always told
+        hangup.poll()
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def main() -> int:
+    """Run the command given as arguments until it ends or the parent does."""
+    end_with_parent()
+    return subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
