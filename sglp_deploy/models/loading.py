@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from sglp_deploy._names import may_be_hub_id, unknown_name
 from sglp_deploy.artifact import ELEMENT_TYPES
 from sglp_deploy.errors import ConfigError, SGLPError, UnsupportedModelError
 from sglp_deploy.models.base import ModelSource
+from sglp_deploy.models.gguf_facts import beyond_transformers
 from sglp_deploy.models.library import adapter_for, adapter_of_folder
 from sglp_deploy.models.quiet import quiet_libraries
 from sglp_deploy.models.side_files import DEPTHS
@@ -131,11 +133,17 @@ def load_model(
         weights["use_safetensors"] = None if allow_pickle else True
     wanted = _DTYPES.get(dtype, as_stored)
     stored_print: str | None = None
+    unread: tuple[str, ...] = ()
     try:
         with quiet_libraries(), contextlib.ExitStack() as stack:
             if gguf_file:  # its reader draws a bar on stderr with plain tqdm, which no setting turns off
                 stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             config = transformers.AutoConfig.from_pretrained(location, **options)
+            if gguf_file:
+                unread, rope = beyond_transformers(path, config)
+                if rope is not None:
+                    config.get_text_config().rope_parameters = rope
+                    weights["config"] = config
             loader = transformers.AutoModelForCausalLM if gguf_file else _loader(config, trust_remote_code)
             if wanted not in (as_stored, None if gguf_file else config.dtype):
                 stored = loader.from_pretrained(location, dtype=as_stored, **weights)
@@ -143,8 +151,12 @@ def load_model(
                 stored_print = fingerprint(stored)
                 del stored
             module, report = loader.from_pretrained(location, output_loading_info=True, dtype=wanted, **weights)
+    except SGLPError:
+        raise
     except Exception as error:
         raise _explained(model, path, error) from error
+    if unread:
+        warnings.warn(f"{path.name}: not read, and taken to be without effect: {', '.join(unread)}", stacklevel=2)
     _check_complete(str(model), report, module)
     # Left by the GGUF reader: a path of this machine, which would travel into every checkpoint written.
     vars(module.config).pop("_model_name_or_path", None)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -298,8 +299,8 @@ def test_a_class_of_another_family_is_refused(copy: Path) -> None:
         load_model(copy)
 
 
-def _write_gguf(file: Path) -> dict[str, np.ndarray]:
-    """A Llama of one layer in float32 GGUF, written with the format's own library."""
+def _write_gguf(file: Path, more: Callable[[Any], object] = lambda _writer: None) -> dict[str, np.ndarray]:
+    """A Llama of one layer in float32 GGUF, written with the format's own library; ``more`` writes further keys."""
     import gguf
 
     rng = np.random.default_rng(0)
@@ -313,6 +314,7 @@ def _write_gguf(file: Path) -> dict[str, np.ndarray]:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(300)
+    more(writer)
     byte_tokens = [f"<0x{value:02X}>" for value in range(256)]
     tokens = ["<unk>", "<s>", "</s>", *byte_tokens, *[f"word{n}" for n in range(41)]]
     writer.add_tokenizer_model("llama")
@@ -358,6 +360,90 @@ def test_a_gguf_file_loads_in_float32_and_leaves_no_path_behind(
         assert np.array_equal(loaded.module.get_submodule(f"model.{ours}").weight.detach().numpy(), tensors[theirs])
     loaded.module.save_pretrained(tmp_path / "out")
     assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
+
+
+def _llama_3_factors(factor: float) -> np.ndarray:
+    """What llama.cpp's converter writes for 8 frequencies of base 10,000, worked out one by one."""
+    found = []
+    for frequency in (10000.0 ** -(index / 8) for index in range(8)):
+        wave = 2 * math.pi / frequency
+        if wave < 8192 / 4:
+            found.append(1.0)
+        elif wave > 8192 / 1:
+            found.append(factor)
+        else:
+            smooth = (8192 / wave - 1) / (4 - 1)
+            found.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(found, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("more", "rope"),
+    [
+        (
+            lambda writer: writer.add_tensor("rope_freqs.weight", _llama_3_factors(32.0)),
+            {
+                "rope_type": "llama3",
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        ),
+        (lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)), {"rope_type": "default"}),
+        (
+            lambda writer: (writer.add_string("llama.rope.scaling.type", "linear"),
+                            writer.add_float32("llama.rope.scaling.factor", 4.0)),
+            {"rope_type": "linear", "factor": 4.0},
+        ),
+        (
+            lambda writer: (writer.add_string("llama.rope.scaling.type", "yarn"),
+                            writer.add_float32("llama.rope.scaling.factor", 4.0),
+                            writer.add_uint32("llama.rope.scaling.original_context_length", 32)),
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        ),
+        (lambda writer: writer.add_float32("llama.logit_scale", 1.0), None),
+    ],
+)  # fmt: skip
+def test_rotary_scaling_of_a_gguf_file_is_read(
+    tmp_path: Path, more: Callable[[Any], object], rope: dict[str, Any] | None
+) -> None:
+    _write_gguf(tmp_path / "tiny.gguf", more)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which keys are passed over has a test of its own
+        config = load_model(tmp_path / "tiny.gguf").module.config
+    assert config.rope_parameters == {"rope_theta": 10000.0, **(rope or {"rope_type": "default"})}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            lambda writer: writer.add_tensor("rope_freqs.weight", np.linspace(1, 3, 8, dtype=np.float32)),
+            "by the tensor rope_freqs.weight, which follows no rule known here; .*give the checkpoint",
+        ),
+        (
+            lambda writer: writer.add_float32("llama.logit_scale", 0.25),
+            r"does not read for this family \(llama\.logit_scale = 0\.25\); .*something else; give the checkpoint",
+        ),
+        (
+            lambda writer: writer.add_float32("llama.attn_logit_softcapping", 30.0),
+            r"llama\.attn_logit_softcapping = 30",
+        ),
+    ],
+)
+def test_numbers_of_a_gguf_file_that_would_be_left_out_are_refused(
+    tmp_path: Path, more: Callable[[Any], object], message: str
+) -> None:
+    _write_gguf(tmp_path / "tiny.gguf", more)
+    with pytest.raises(UnsupportedModelError, match=message):
+        load_model(tmp_path / "tiny.gguf")
+
+
+def test_keys_of_a_gguf_file_that_nobody_reads_are_named(tmp_path: Path) -> None:
+    _write_gguf(tmp_path / "tiny.gguf", lambda writer: writer.add_uint32("llama.pooling_type", 3))
+    with pytest.warns(UserWarning, match=r"tiny\.gguf: not read, and taken to be without effect: llama\.pooling_type"):
+        load_model(tmp_path / "tiny.gguf")
 
 
 def test_a_damaged_gguf_file_is_refused(tmp_path: Path) -> None:
