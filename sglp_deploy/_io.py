@@ -144,6 +144,37 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def parse_json(text: str, *, ours: bool = True) -> Any:
+    """What JSON says.
+
+    Args:
+        text: The file's content.
+        ours: Hold it to what we write: no NaN and no infinity, which configurations of models may have.
+
+    Raises:
+        ValueError: If it is not JSON, nests too deeply, or holds a number of thousands of digits; of ours also where a
+            number is not finite or beyond 64 bits, or a letter is half a surrogate pair.
+    """
+    try:
+        if not ours:
+            return json.loads(text)
+        value = json.loads(text, parse_constant=_no_number, parse_int=_of_64_bits)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+    return value
+
+
+def _of_64_bits(word: str) -> int:
+    if len(word) > len(str(-(2**63))) or not -(2**63) <= int(word) < 2**63:
+        raise ValueError(f"{word[:20]}... is beyond 64 bits")
+    return int(word)
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number of JSON")
+
+
 def read_json(path: Path, kind: str, versions: Sequence[int] = (1,)) -> dict[str, Any]:
     """Read one of our files and check that it is a ``kind`` in one of the ``versions`` this code knows.
 
@@ -151,11 +182,11 @@ def read_json(path: Path, kind: str, versions: Sequence[int] = (1,)) -> dict[str
         ArtifactError: If the file is missing, is not JSON, or carries another ``schema``.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         missing = f"{path} does not exist; one of our {kind} files was expected there; check the path"
         raise ArtifactError(missing) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read as a {kind} file; {error}; make it again") from error
     schema = value.get("schema") if isinstance(value, dict) else None
     wanted = [f"{kind}/{version}" for version in versions]
@@ -271,8 +302,8 @@ def cache_folder() -> Path:
 def has_schema(file: Path, schema: str) -> bool:
     """Whether a file is JSON of ours of a kind ("artifact/"), of any version; others call theirs the same."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
     return isinstance(value, dict) and str(value.get("schema", "")).startswith(schema)
 

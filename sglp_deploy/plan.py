@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 SCHEMA: Final = "plan/3"  # history: 1 = first; 2 = stack, config_changes; 3 = overlay, width, task
+_FARTHEST_CKA: Final = 1e3  # the unbiased estimator leaves [0, 1] where its denominator is small
 VERSIONS: Final = (1, 2, 3)
 # What an older plan means by saying nothing.  A plan that says no more than that keeps the digest it had then, because
 # artifacts name their plan by it.
@@ -142,6 +143,8 @@ class PruningPlan:
             facts["scores"] = {name: tuple(float(x) for x in row) for name, row in facts["scores"].items()}
             if facts["similarity"] is not None:
                 facts["similarity"] = tuple(tuple(float(x) for x in row) for row in facts["similarity"])
+                if any(abs(x) > _FARTHEST_CKA for row in facts["similarity"] for x in row):
+                    raise ValueError("a similarity is far from [0, 1]")
             facts["n_layers"], facts["seed"] = _whole(facts["n_layers"]), _whole(facts["seed"])
             for name in ("budget", "model", "versions", "elapsed_s", "options"):
                 facts[name] = dict(facts[name])

@@ -6,7 +6,6 @@ torch and transformers are imported by the functions that need them.  So a verb 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import urllib.error
 import urllib.request
@@ -320,7 +319,7 @@ def check_overlay_place(path: str | Path) -> None:
     if not beside.exists():
         return
     try:
-        there = json.loads(Path(path).read_text(encoding="utf-8"))
+        there = _io.parse_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         there = None
     if not (isinstance(there, dict) and there.get("overlay")):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sglp_deploy import plan
+from sglp_deploy import _io, plan
 from sglp_deploy.cli.console import table
 from sglp_deploy.errors import ArtifactError
 from sglp_deploy.overlay import HEAL, repairs_of
@@ -36,7 +35,7 @@ def read(path: Path) -> dict[str, Any]:
             raise ArtifactError(f"{path} holds none of {', '.join(_IN_FOLDER)}; it is not a folder of ours; check it")
         path = found
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = _io.parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path} does not exist; one of our files was expected; check the path") from None
     except (OSError, ValueError) as error:

@@ -9,7 +9,6 @@ one was interrupted and is made again.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -285,7 +284,7 @@ def _python(folder: Path) -> Path:
 def _receipt(folder: Path) -> dict[str, Any] | None:
     """The receipt of a finished environment; None when it is missing, damaged or its interpreter is gone."""
     try:
-        value = json.loads((folder / _RECEIPT).read_text(encoding="utf-8"))
+        value = _io.parse_json((folder / _RECEIPT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     whole = isinstance(value, dict) and value.get("schema") == SCHEMA and os.access(_python(folder), os.X_OK)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -209,7 +208,8 @@ def _explained(model: str | Path, path: Path, error: Exception) -> SGLPError:
 def _quantised_by(path: Path) -> str | None:
     """What a checkpoint's config.json says it was quantised by; None where it says nothing."""
     try:
-        stated = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+        config = _io.parse_json((path / "config.json").read_text(encoding="utf-8"), ours=False)
+        stated = config.get("quantization_config")
     except (OSError, ValueError, AttributeError):
         return None
     return str(stated.get("quant_method", "of an unnamed kind")) if isinstance(stated, dict) else None
@@ -307,8 +307,8 @@ def _check_folder(path: Path, allow_pickle: bool) -> None:
 def _check_depth(file: Path) -> None:
     """Refuse a depth that no model has before a library builds so many layers."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = _io.parse_json(file.read_text(encoding="utf-8"), ours=False)
+    except (OSError, ValueError):
         return  # transformers says what is wrong with it
     parts = [config, *config.values()] if isinstance(config, dict) else []
     for part in parts:

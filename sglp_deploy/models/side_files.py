@@ -6,12 +6,12 @@ they are.
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglp_deploy import _io
 from sglp_deploy._io import FILE_LIST
 from sglp_deploy.artifact import MANIFEST, PLAN_FILE
 from sglp_deploy.models.quiet import quiet_libraries
@@ -194,6 +194,6 @@ def _json(file: Path) -> Any:
     try:
         if file.stat().st_size > _LARGEST:
             return None
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return _io.parse_json(file.read_text(encoding="utf-8"), ours=False)
+    except (OSError, ValueError):
         return None

@@ -83,10 +83,18 @@ class MetricComparison:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> MetricComparison:
-        """Inverse of ``dataclasses.asdict``."""
+        """Inverse of ``dataclasses.asdict``.
+
+        Raises:
+            KeyError, TypeError, AttributeError: If a field is missing or mistyped, or a ratio is not above zero.
+        """
         tuples = {key: _tuple(value[key]) for key in ("interval", "bootstrap_interval", "pair_ratios")}
         found = value["control"]
         control = None if found is None else Control(**{**found, "interval": _tuple(found["interval"])})
+        given = [value["ratio"], *(number for each in tuples.values() for number in each or ())]
+        given += [] if control is None else list(control.interval or ())
+        if not all(number is None or number > 0 for number in given):
+            raise TypeError("a ratio is not above zero")
         return cls(**{**value, **tuples, "control": control})
 
 

@@ -8,7 +8,6 @@ Each half of a cycle pairs every arm with the baseline measured next to it: two 
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -369,7 +368,7 @@ def vocabulary_size(artifact: ExportArtifact) -> int | None:
         if spec.name == "logits" and spec.shape and isinstance(size := spec.shape[-1], int):
             return size
     if "config.json" in artifact.files:
-        config = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
+        config = _io.parse_json((artifact.path / "config.json").read_text(encoding="utf-8"), ours=False)
         for place in (config, config.get("text_config") or {}):  # multimodal models nest their language model
             if isinstance(size := place.get("vocab_size"), int):
                 return size

@@ -68,7 +68,8 @@ def sample_values(report: Mapping[str, Any]) -> Json | None:
     if "not_made" in found:
         return {"not_made": found["not_made"], "table": None, "repetition": []}
     rows = []
-    for row in found.get("rows") or []:
+    given = found.get("rows")
+    for row in given if isinstance(given, list) else ():
         left, right = section(row, "dense"), section(row, "pruned")
         rows.append(
             [

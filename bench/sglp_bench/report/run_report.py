@@ -6,31 +6,31 @@ machine that has neither the model nor the runtime.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sglp_bench.judge.accept import verdict
 from sglp_bench.judge.compare import VERSIONS as COMPARISON_VERSIONS
+from sglp_bench.judge.compare import Comparison
 from sglp_bench.report import wording as fmt
 from sglp_bench.report.facts import Json, cards, measurement, missing, section
 from sglp_bench.result import VERSIONS as RESULT_VERSIONS
+from sglp_bench.result import BenchmarkResult
 from sglp_deploy import _io
 from sglp_deploy.artifact import MANIFEST
 from sglp_deploy.errors import ArtifactError
 from sglp_deploy.parity.certificate import ParityReport
-from sglp_deploy.plan import VERSIONS as PLAN_VERSIONS
-from sglp_deploy.tasks.base import QUALITY_VERSIONS
+from sglp_deploy.plan import PruningPlan
+from sglp_deploy.tasks.quality_file import read_quality
 
 SCHEMA = "report/1"  # history: 1 = first
 _VERSIONS = {
     "comparison": COMPARISON_VERSIONS,
-    "plan": PLAN_VERSIONS,
-    "quality": QUALITY_VERSIONS,
     "result": RESULT_VERSIONS,
 }  # else: the first
+_READERS: Mapping[str, Callable[[Path], object]] = {"comparison": Comparison.load, "result": BenchmarkResult.load}
 _LISTS = ("artifacts", "parity", "measurements", "claims", "cards", "missing")
 
 
@@ -146,7 +146,7 @@ class RunReport:
         run = _optional(root / "run.json") or {}
         _check_unchanged(root, run)
         return cls(
-            plan=_optional(root / "plan.json", "plan"),
+            plan=PruningPlan.load(root / "plan.json") if (root / "plan.json").is_file() else None,
             artifacts=_folder_of(root, "checkpoint/manifest.json", "artifact")
             | _folder_of(root, "artifacts/*/manifest.json", "artifact"),
             parity={
@@ -155,7 +155,7 @@ class RunReport:
                 if not _is_of_another_program(file)
             },
             comparisons=_folder_of(root, "bench/*/comparison.json", "comparison"),
-            quality=_optional(root / "quality.json", "quality"),
+            quality=read_quality(root / "quality.json") if (root / "quality.json").is_file() else None,
             results=_folder_of(root, "bench/*/result.json", "result"),
             provenance=_provenance(run),
             title=run.get("title"),
@@ -219,7 +219,7 @@ def _optional(path: Path, kind: str | None = None) -> Json | None:
     if kind:
         return _io.read_json(path, kind, _VERSIONS.get(kind, (1,)))
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = _io.parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read as JSON; {error}; run the stage that makes it again") from error
     return dict(value) if isinstance(value, dict) else None
@@ -228,6 +228,9 @@ def _optional(path: Path, kind: str | None = None) -> Json | None:
 def _folder_of(root: Path, pattern: str, kind: str) -> dict[str, Json]:
     versions = _VERSIONS.get(kind, (1,))
     files = [file for file in sorted(root.glob(pattern)) if not _is_of_another_program(file)]
+    for file in files:
+        if kind in _READERS:
+            _READERS[kind](file)  # refuses what is not as it was written
     return {file.parent.name: _io.read_json(file, kind, versions) for file in files}
 
 
@@ -259,8 +262,8 @@ def _check_unchanged(root: Path, run: Json) -> None:
 def _is_of_another_program(file: Path) -> bool:
     """Whether it is sound JSON without a schema; every file of ours names one, and a damaged one is reported."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = _io.parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
     return not isinstance(value, dict) or "schema" not in value
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sglp_deploy import _io
 from sglp_deploy.artifact import PRESENT, ExportArtifact
 from sglp_deploy.errors import BackendError, ConfigError
 
@@ -184,7 +185,7 @@ class _Row:
 
 def settings(folder: Path) -> dict[str, Any]:
     """What the runtime is told of the model."""
-    settings: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model"]
+    settings: dict[str, Any] = _io.parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"), ours=False)["model"]
     return settings
 
 

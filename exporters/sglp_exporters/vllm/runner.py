@@ -5,7 +5,6 @@ Nothing here may import torch: vLLM brings its own, in another interpreter.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sglp_deploy import _io
 from sglp_deploy.isolation.workers import Worker
 from sglp_exporters.runners.rows import RowsRunner
 
@@ -52,7 +52,7 @@ class VllmRunner(RowsRunner):
         threads: int | None = None,
         max_tokens: int = _TOKENS,
     ) -> None:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = _io.parse_json((folder / "config.json").read_text(encoding="utf-8"), ours=False)
         dtype = str(config.get("dtype") or "float32")
         positions = config.get("max_position_embeddings") or max_tokens
         window = config.get("sliding_window") or 0

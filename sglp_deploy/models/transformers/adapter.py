@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from sglp_deploy import _io
 from sglp_deploy.errors import ArtifactError, UnsupportedModelError
 from sglp_deploy.models.base import ConfigChange, LayerStack
 from sglp_deploy.models.quiet import quiet_libraries
@@ -114,7 +115,7 @@ class TransformersAdapter:
     def owns(self, folder: Path) -> bool:
         """Whether there is a config.json that names a ``model_type``."""
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = _io.parse_json((folder / "config.json").read_text(encoding="utf-8"), ours=False)
         except (OSError, ValueError):
             return False
         return isinstance(config, dict) and "model_type" in config

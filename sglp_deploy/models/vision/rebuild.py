@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sglp_deploy import _io
 from sglp_deploy.errors import ArtifactError, MissingDependencyError, UnsupportedModelError
 from sglp_deploy.models.base import LayerStack
 from sglp_deploy.models.settings import layer_settings
@@ -174,7 +175,7 @@ def check_weights(module: nn.Module, folder: Path) -> None:
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration in ``folder``, or nothing when there is none that can be read."""
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = _io.parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"), ours=False)
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sglp_deploy import _io
 from sglp_deploy.errors import ArtifactError, UnsupportedModelError
 from sglp_deploy.models.base import ConfigChange, LayerStack
 from sglp_deploy.models.quiet import quiet_libraries
@@ -129,7 +130,7 @@ class TimmAdapter:
             ) from error
         if hasattr(module, _KEPT):
             file = folder / CONFIG_FILE
-            config = json.loads(file.read_text(encoding="utf-8")) | {_KEPT: _kept_blocks(module)}
+            config = _io.parse_json(file.read_text(encoding="utf-8"), ours=False) | {_KEPT: _kept_blocks(module)}
             file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def load(self, folder: Path) -> nn.Module:

@@ -40,7 +40,7 @@ class Scale:
 def linear_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round numbers inside [low, high], about ``wanted`` of them."""
     span = high - low
-    if span <= 0:
+    if not 0 < span < math.inf:
         return [low]
     step = 10 ** math.floor(math.log10(span / wanted))
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= wanted + 0.5)

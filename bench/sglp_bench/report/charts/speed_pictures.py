@@ -125,7 +125,9 @@ def forest(rows: Sequence[Mapping[str, Any]], width: float, *, key: str) -> str:
     marks = [1.0]
     for row in rows:
         marks += [
-            row[name] for name in ("ratio", "low", "high", "control_low", "control_high", "ceiling") if row.get(name)
+            row[name]
+            for name in ("ratio", "low", "high", "control_low", "control_high", "ceiling")
+            if (row.get(name) or 0) > 0
         ]
     # Logarithmic, because 2x faster and 2x slower are equally far from no difference.
     pad = max((max(marks) / min(marks)) ** 0.07, 1.01)
