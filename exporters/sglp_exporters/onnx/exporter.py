@@ -81,8 +81,8 @@ class OnnxExporter:
             model: What to export.
             out_dir: Complete or untouched.
             options: ``precision`` ("fp32", "fp16", "int8" or "int4"; the model's own when omitted), ``opset`` (18 to
-                25), ``block_size`` and ``symmetric`` (of quantised weights), ``attention`` ("grouped" or "traced"); see
-                docs/exporting.md.
+                25), ``block_size``, ``symmetric`` and ``mixed`` (of quantised weights), ``attention`` ("grouped" or
+                "traced"); see docs/exporting.md.
 
         Raises:
             ConfigError: If an option is unknown or wrong, or the weights are bfloat16.
@@ -204,7 +204,9 @@ def _quantize(graph: ir.Model, chosen: OnnxOptions, own: str) -> dict[str, Any]:
         return {}
     from sglp_exporters.onnx.quantize import quantize_weights
 
-    made = quantize_weights(graph, bits=chosen.bits, block_size=chosen.block_size, symmetric=chosen.symmetric)
+    made = quantize_weights(
+        graph, bits=chosen.bits, block_size=chosen.block_size, symmetric=chosen.symmetric, mixed=chosen.mixed
+    )
     return {
         # Cache and arithmetic between the products stay in the model's own type, and it is what the certificate needs.
         "model_precision": own,

@@ -26,6 +26,7 @@ class OnnxOptions:
         opset: Version of ONNX's operators, or None for that of the trace.
         block_size: Weights that share a scale; None for weights that are not quantised.
         symmetric: Whether a block has a scale and no zero point; None for weights that are not quantised.
+        mixed: Whether matrices that most depends on keep 8 bits where the others have 4.
         attention: "grouped" (heads that share keys are rows of one product) or "traced" (keys repeated for each head).
     """
 
@@ -33,6 +34,7 @@ class OnnxOptions:
     opset: int | None
     block_size: int | None
     symmetric: bool | None
+    mixed: bool
     attention: str
 
     @property
@@ -66,6 +68,7 @@ def read_options(given: Mapping[str, Any], own: str) -> OnnxOptions:
         opset=_opset(given.get("opset")),
         block_size=_block_size(given.get("block_size"), precision),
         symmetric=_symmetric(given.get("symmetric"), precision),
+        mixed=mixed_of(given.get("mixed"), precision),
         attention=_attention(given.get("attention", ATTENTION[0])),
     )
 
@@ -108,6 +111,24 @@ def _symmetric(wanted: Any, precision: str) -> bool | None:
     _only_quantised("symmetric", precision)
     if not isinstance(wanted, bool):
         raise ConfigError(f"symmetric={wanted!r} is neither true nor false; it says that a block has no zero point")
+    return wanted
+
+
+def mixed_of(wanted: Any, precision: str) -> bool:
+    """Whether some matrices of an int4 file keep 8 bits, where ``wanted`` was asked for.
+
+    Raises:
+        ConfigError: If it is neither true nor false, or asked for where nothing has 4 bits.
+    """
+    if wanted is None:
+        return False
+    if not isinstance(wanted, bool):
+        raise ConfigError(f"mixed={wanted!r} is neither true nor false; it says that some matrices keep 8 bits")
+    if precision != "int4":
+        raise ConfigError(
+            f"mixed says which matrices keep 8 bits among those of 4 and those of this file are {precision}; nothing "
+            "would come of it; leave it out, or pass precision=int4"
+        )
     return wanted
 
 

@@ -194,6 +194,26 @@ def test_a_table_tied_to_the_output_head_is_stored_once_in_8_bits(made: Made, pr
     )
 
 
+def test_a_mixture_keeps_8_bits_where_every_third_layer_has_more_inputs_than_outputs(
+    made: Made, tmp_path: Path
+) -> None:
+    artifact = made.export(tmp_path / "a", precision="int4", mixed=True)
+    graph = _graph(artifact)
+    finer = {
+        str(node.inputs[1].name)
+        for node in graph
+        if node.op_type == "MatMulNBits" and node.attributes.get_int("bits") == 8 and ".layers." in node.inputs[1].name
+    }
+    # Four layers: of the third, 96 inputs to 64 outputs and 4 heads of 32 to 64.
+    assert finer == {f"model.layers.2.{name}.weight.T.int8" for name in ("mlp.down_proj", "self_attn.o_proj")}
+    assert artifact.details["quantized"]["weights_of_8_bits"] == 3  # with the table
+    assert made.artifacts["int4"].details["quantized"]["weights_of_8_bits"] == 1
+    report = made.compressor.verify(artifact, threads=1)
+    assert report.passed, report.reasons
+    worst = [max(case["statistics"]["kl_max"] for case in each.cases) for each in (report, made.report("int4"))]
+    assert worst[0] < worst[1]
+
+
 @pytest.mark.usefixtures("shared_traces")
 def test_an_output_head_of_its_own_is_quantised_like_the_rest(tmp_path: Path) -> None:
     compressor = Compressor(tiny.loaded("llama-untied", num_hidden_layers=2))
@@ -361,6 +381,8 @@ def test_without_an_opset_the_graph_is_not_converted(exported: Lookup) -> None:
         ({"symmetric": True, "precision": "fp16"}, "symmetric says how weights .* are fp16; .*precision=int8 or int4"),
         ({"precision": "int4", "block_size": 48}, "block_size=48 is not offered; .* blocks of 16, 32, 64, 128, 256"),
         ({"precision": "int4", "symmetric": "yes"}, "symmetric='yes' is neither true nor false"),
+        ({"precision": "int4", "mixed": 1}, "mixed=1 is neither true nor false"),
+        ({"precision": "int8", "mixed": True}, "mixed says which matrices .* are int8; .*pass precision=int4"),
     ],
 )
 def test_wrong_options_are_refused_before_any_work(
