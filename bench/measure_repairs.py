@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
     file = arguments.output
-    cells: dict[str, Any] = _io.read_json(file, "repairs")["cells"] if file.exists() else {}
+    cells: dict[str, Any] = _io.read_json(file, "repairs", (2,))["cells"] if file.exists() else {}
     compressor = Compressor.from_pretrained(
         arguments.model,
         dtype="fp32",
