@@ -27,6 +27,7 @@ _ALIVE = ".alive"  # in a scratch folder; locked while its owner lives
 # What a folder of ours lists its files in, each with its digest, and what the schema of such a list begins with.
 FILE_LIST = "sglp_files.json"
 _LISTS = {"manifest.json": "artifact/", FILE_LIST: "files/"}
+_OF_THE_SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}  # which file managers leave in every folder
 CERTIFICATE = "parity.json"  # what verifying leaves in an artifact's folder
 
 
@@ -242,6 +243,7 @@ def staged_directory(final: Path) -> Iterator[Path]:
                     os.replace(entry, final / entry.name)
                 staging.rmdir()
             else:
+                refuse_foreign(final)  # somebody may have put files there while we worked
                 _take_place(staging, final)
             _fsync(place)
         except BaseException:
@@ -313,7 +315,7 @@ def write_file_list(folder: Path) -> None:
     files = {
         file.relative_to(folder).as_posix(): {"sha256": sha256_file(file), "bytes": file.stat().st_size}
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name not in _LISTS
+        if file.is_file() and file.relative_to(folder).as_posix() not in _LISTS
     }
     write_json(folder / FILE_LIST, {"schema": "files/1", "files": files})
 
@@ -333,7 +335,7 @@ def foreign_files(folder: Path) -> list[str]:
 
     def ours(file: Path) -> bool:
         name = file.relative_to(folder).as_posix()
-        if name in lists or (name == CERTIFICATE and has_schema(file, "parity/")):
+        if name in lists or (name == CERTIFICATE and has_schema(file, "parity/")) or name in _OF_THE_SYSTEM:
             return True
         record = listed.get(name)
         if file.is_symlink() or not file.is_file() or not isinstance(record, dict):

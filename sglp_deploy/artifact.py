@@ -216,7 +216,7 @@ def write_manifest(folder: Path, **facts: Any) -> ExportArtifact:
     files = {
         file.relative_to(folder).as_posix(): FileRecord(_io.sha256_file(file), file.stat().st_size)
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
+        if file.is_file() and file.relative_to(folder) not in (Path(MANIFEST), Path(CERTIFICATE))
     }
     artifact = ExportArtifact(path=folder, files=files, **facts)
     _io.write_json(folder / MANIFEST, artifact.to_json())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sglp_deploy import _io, registry
-from sglp_deploy.artifact import ExportArtifact
+from sglp_deploy.artifact import MANIFEST, ExportArtifact
 from sglp_deploy.errors import ArtifactError, ConfigError
 from sglp_deploy.evidence.documents import read_text
 from sglp_deploy.isolation import lock
@@ -23,6 +23,7 @@ from sglp_deploy.planners.registry import PLANNER_GROUP, PLANNERS
 from sglp_deploy.tasks import asked
 
 RUN_FILE = "run.json"
+UNREADABLE = f"{RUN_FILE}.unreadable"  # a damaged one, set aside
 SCHEMA = "run/2"  # history: 1 = first; 2 = a stage keeps the answer to a question about its outputs
 
 DECISION = "decision"
@@ -33,7 +34,7 @@ ASIDE = "aside"  # artifacts somebody has changed; nothing reads them
 _BEFORE = (DECIDED, REPAIRED)
 
 # Every name a run writes at the top of its folder; anything else there belongs to somebody.
-_LAYOUT = {RUN_FILE, f"{RUN_FILE}.unreadable", "plan.json", OVERLAY_FILE, "quality.json", DECISION}
+_LAYOUT = {RUN_FILE, "plan.json", OVERLAY_FILE, "quality.json", DECISION}
 _LAYOUT |= {"repaired", ASIDE, HEALING, "checkpoint", "artifacts", "parity", "bench", "report"}
 
 # Where a killed run can have left a temporary name, and nowhere else: the folder may hold a user's own files too.
@@ -102,7 +103,10 @@ def set_aside_unreadable(root: Path) -> str | None:
     try:
         _io.read_json(file, "run", (1, 2))
     except ArtifactError:
-        aside = file.with_name(f"{RUN_FILE}.unreadable")
+        aside, number = root / UNREADABLE, 1
+        while aside.exists():
+            number += 1
+            aside = root / f"{UNREADABLE}-{number}"
         file.replace(aside)
         return aside.name
     return None
@@ -184,7 +188,7 @@ def run_folder(root: Path) -> Iterator[None]:
     """
     if root.exists() and not root.is_dir():
         raise ConfigError(f"{root} is a file; a run needs a folder; choose another --output")
-    if root.is_dir() and not (root / RUN_FILE).is_file():
+    if root.is_dir() and not any((root / name).is_file() for name in (RUN_FILE, UNREADABLE)):
         others = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
         # Weights without a run are somebody's; what else a run writes is made again from the model.
         if strangers := [name for name in others if name not in _LAYOUT or name == OVERLAY_FILE]:
@@ -227,8 +231,11 @@ def set_aside(root: Path, output: str) -> str | None:
         Where it lies now, within ``root``; None where there is nothing that is not ours.
     """
     folder = root / output
-    if not folder.is_dir() or not _io.foreign_files(folder):
-        return None
+    return move_aside(root, output) if folder.is_dir() and _io.foreign_files(folder) else None
+
+
+def move_aside(root: Path, output: str) -> str:
+    """Move a file or folder of a run below ``aside/``; where it lies now, within ``root``."""
     place = root / ASIDE / output
     number = 1
     while place.exists():
@@ -236,8 +243,16 @@ def set_aside(root: Path, output: str) -> str | None:
         place = root / ASIDE / f"{output}-{number}"
     with _io.storage_errors(place):
         place.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(place)
+        shutil.move(root / output, place)  # the artifacts may lie on another disk
     return place.relative_to(root).as_posix()
+
+
+def _is_damaged(file: Path) -> bool:
+    try:
+        _io.parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    return False
 
 
 def remove_strangers(root: Path, outputs: Iterable[str]) -> list[tuple[str, str | None]]:
@@ -257,12 +272,21 @@ def remove_strangers(root: Path, outputs: Iterable[str]) -> list[tuple[str, str 
     for name in ("result", "comparison"):
         found |= {file for file in root.glob(f"bench/*/{name}.json") if _io.has_schema(file, f"{name}/")}
     found |= {*root.glob("bench/all/blocks")}
+    damaged = {
+        file.parent if file.name == MANIFEST else file
+        for pattern in ("artifacts/*/manifest.json", "parity/*.json", "bench/*/result.json", "bench/*/comparison.json")
+        for file in root.glob(pattern)
+        if _is_damaged(file)
+    }
     gone: list[tuple[str, str | None]] = []
-    for path in sorted(found):
+    for path in sorted(found | damaged):
         if any(want.is_relative_to(path) for want in wanted):
             continue
         name = path.relative_to(root).as_posix()
-        moved = set_aside(root, name) if path.parent == root / "artifacts" else None
+        if path in damaged:  # whoever wrote it; the report would stop at it
+            moved: str | None = move_aside(root, name)
+        else:
+            moved = set_aside(root, name) if path.parent == root / "artifacts" else None
         if moved is None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         gone.append((name, moved))

@@ -117,7 +117,7 @@ class Pipeline:
             self._release_model()
             measured = self._bench_stage(plan, made)
             for stranger, moved in ledger.remove_strangers(self._root, self._engine.outputs()):
-                done = "removed" if moved is None else f"changed by somebody and moved to {moved}; was"
+                done = "removed" if moved is None else f"changed or damaged, so moved to {moved}:"
                 self._console.note(f"{done} {stranger}: an earlier run made it, this one does not")
             self._engine.forget_others("report")
             upstream = [planned, judged, measured, *made.values(), *verified]

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,16 @@ def watched(command: list[str]) -> list[str]:
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:
-    """Kill a process that leads a group, and the group; nothing when it has ended by itself."""
-    if process.poll() is not None:
+    """Kill a process that leads a group, and the group; nothing when it has ended by itself.
+
+    A leader that was killed may have left its group behind.
+    """
+    status = process.poll()
+    if status is not None and status >= 0:
         return
     if hasattr(os, "killpg"):
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()
     process.wait()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,19 +18,29 @@ from numpy.typing import NDArray
 from sglp_deploy.errors import UnsupportedModelError
 
 _FACTORS: Final = "rope_freqs.weight"
-# Keys behind the architecture's name that a model computes with.
-_NUMBERS: Final = re.compile(
-    r"rope\.scaling\.(?:factor|attn_factor|yarn_.*)|.*softcapping|attention\.(?:sliding_window.*|scale|clamp_kqv)|"
-    r"(?:logit|embedding|residual)_scale|expert_(?:weights_scale|weights_norm|gating_func)|attention\.temperature_.*"
-)
-_NO_OP: Final = (None, 0, 0.0, 1, 1.0, "none")
+# Keys behind the architecture's name that a model computes with, to the configuration's name for it and the value that
+# changes nothing.  What transformers does not read must agree with what it assumes.
+_NUMBERS: Final[Mapping[str, tuple[str, Any]]] = {
+    "attn_logit_softcapping": ("attn_logit_softcapping", 0.0),
+    "final_logit_softcapping": ("final_logit_softcapping", 0.0),
+    "attention.sliding_window": ("sliding_window", 0),
+    "attention.scale": ("attention_multiplier", 0.0),
+    "attention.clamp_kqv": ("clip_qkv", 0.0),
+    "logit_scale": ("logit_scale", 1.0),
+    "embedding_scale": ("embedding_multiplier", 1.0),
+    "residual_scale": ("residual_multiplier", 1.0),
+    "expert_weights_norm": ("norm_topk_prob", False),
+    "expert_weights_scale": ("routed_scaling_factor", 1.0),
+}
+_YARN: Final = re.compile(r"rope\.scaling\.(?:attn_factor|yarn_.*)")
+_READS_SCALING: Final = {"gptoss"}
 # Factor, and the shares of the original length below and above which a wave is stretched or left alone, of Llama 3.1
 # and 3.2 (their config.json: factor 8 or 32, low 1, high 4, of 8,192 positions).
 _LLAMA_3: Final = tuple((factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0, 16.0, 4.0))
 
 
-def beyond_transformers(file: Path, config: Any) -> tuple[tuple[str, ...], dict[str, Any] | None]:
-    """Keys of a GGUF file that nobody reads, and what ``config.rope_parameters`` must be; None where it is right.
+def beyond_transformers(file: Path, config: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Keys of a GGUF file that nobody reads, and entries that its configuration must have beyond what was read.
 
     Args:
         file: The GGUF file.
@@ -44,39 +55,83 @@ def beyond_transformers(file: Path, config: Any) -> tuple[tuple[str, ...], dict[
     reader = GGUFReader(str(file))
     values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
     family = str(values.get("general.architecture", ""))
-    read = set(GGUF_CONFIG_MAPPING.get(family, {}))
-    if not read:
-        return (), None  # read by a mapping of its own, key by key
+    # Some families have an underscore more there ("qwen3moe" is "qwen3_moe").
+    mappings = {re.sub("[-_]", "", name): entries for name, entries in GGUF_CONFIG_MAPPING.items()}
+    plain = re.sub("[-_]", "", family)
+    if plain not in mappings:
+        return (), {}  # read by a function of its own, key by key
     own = {name.removeprefix(f"{family}."): value for name, value in values.items() if name.startswith(f"{family}.")}
-    left = {name: value for name, value in own.items() if name not in read}
+    left = {name: value for name, value in own.items() if mappings[plain].get(name) is None}
     text = config.get_text_config()
-    rope: dict[str, Any] | None = None
-    kind = str(left.pop("rope.scaling.type", "none"))
-    if kind in ("linear", "yarn"):
-        rope = {"rope_type": kind, "factor": float(left.pop("rope.scaling.factor", 1.0))}
-        if (original := left.pop("rope.scaling.original_context_length", None)) is not None:
-            rope["original_max_position_embeddings"] = int(original)
+    changes: dict[str, Any] = {}
+    rope = {} if plain in _READS_SCALING else _scaling(file, left)
     factors = next((tensor.data for tensor in reader.tensors if tensor.name == _FACTORS), None)
+    # Where transformers knows the key and passes it over, its own default is meant.
+    stated = None if mappings[plain].get("rope.freq_base", "") is None else own.get("rope.freq_base")
+    base = float(stated or _base(text))
     if factors is not None:
-        rope = _as_llama_3(np.asarray(factors, np.float64).reshape(-1), _base(text))
-        if rope is None:
+        found = _as_llama_3(np.asarray(factors, np.float64).reshape(-1), base)
+        if found is None:
             raise UnsupportedModelError(
                 f"{file} scales its rotary positions by the tensor {_FACTORS}, which follows no rule known here; "
                 "transformers would leave it out; give the checkpoint it was converted from"
             )
-    changing = {name: value for name, value in left.items() if _NUMBERS.fullmatch(name) and value not in _NO_OP}
+        rope = found
+    left.pop("rope.freq_base", None)
+    if rope or not math.isclose(base, _base(text), rel_tol=1e-6):
+        changes["rope_parameters"] = _merged(getattr(text, "rope_parameters", None) or {}, {"rope_theta": base, **rope})
+    changing = []
+    for name in [name for name in left if name in _NUMBERS or _YARN.fullmatch(name)]:
+        value = left.pop(name)
+        entry, without_effect = _NUMBERS.get(name, ("", 1.0))
+        if value in (without_effect, getattr(text, entry, None) if entry else None):
+            continue
+        if entry == "sliding_window" and hasattr(text, entry):
+            changes[entry] = int(value)
+        else:
+            changing.append(f"{family}.{name} = {value}")
     if changing:
-        named = ", ".join(f"{family}.{name} = {value}" for name, value in sorted(changing.items()))
         raise UnsupportedModelError(
-            f"{file} states what transformers does not read for this family ({named}); the model would compute "
-            "something else; give the checkpoint it was converted from"
+            f"{file} states what transformers does not read for this family ({', '.join(changing)}); the model would "
+            "compute something else; give the checkpoint it was converted from"
         )
-    passed_over = tuple(f"{family}.{name}" for name in sorted(left) if not name.startswith("rope.scaling."))
-    return passed_over, None if rope is None else {"rope_theta": _base(text), **rope}
+    return tuple(f"{family}.{name}" for name in sorted(left) if name not in mappings[plain]), changes
+
+
+def _scaling(file: Path, left: dict[str, Any]) -> dict[str, Any]:
+    """Rotary scaling that keys state, taken out of those that are left.
+
+    Raises:
+        UnsupportedModelError: If its kind has no counterpart here.
+    """
+    kind = str(left.pop("rope.scaling.type", "none"))
+    factor = float(left.pop("rope.scaling.factor", 0.0) or left.pop("rope.scale_linear", 0.0) or 1.0)
+    original = left.pop("rope.scaling.original_context_length", None)
+    left.pop("rope.scaling.finetuned", None)
+    if kind in ("none", "linear") and factor == 1.0:
+        return {}
+    if kind in ("none", "linear"):  # older files have the factor alone
+        return {"rope_type": "linear", "factor": factor}
+    if kind != "yarn":
+        raise UnsupportedModelError(
+            f"{file} scales its rotary positions by the type {kind!r}, which transformers would leave out of a GGUF "
+            "file; give the checkpoint it was converted from"
+        )
+    return {"rope_type": kind, "factor": factor} | (
+        {} if original is None else {"original_max_position_embeddings": int(original)}
+    )
+
+
+def _merged(there: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with ``rope`` in them; where kinds of layers have their own, in those of the layers that see all."""
+    if isinstance(whole := there.get("full_attention"), Mapping):
+        return {**there, "full_attention": {**whole, **rope}}
+    return {**there, **rope}
 
 
 def _base(text: Any) -> float:
-    return float((getattr(text, "rope_parameters", None) or {}).get("rope_theta", 10_000.0))
+    rope = getattr(text, "rope_parameters", None) or {}
+    return float(rope.get("full_attention", rope).get("rope_theta", 10_000.0))
 
 
 def _as_llama_3(factors: NDArray[np.float64], base: float) -> dict[str, Any] | None:

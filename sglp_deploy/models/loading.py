@@ -139,9 +139,9 @@ def load_model(
                 stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             config = transformers.AutoConfig.from_pretrained(location, **options)
             if gguf_file:
-                unread, rope = beyond_transformers(path, config)
-                if rope is not None:
-                    config.get_text_config().rope_parameters = rope
+                unread, changes = beyond_transformers(path, config)
+                if changes:
+                    vars(config.get_text_config()).update(changes)
                     weights["config"] = config
             loader = transformers.AutoModelForCausalLM if gguf_file else _loader(config, trust_remote_code)
             if wanted not in (as_stored, None if gguf_file else config.dtype):
@@ -183,7 +183,7 @@ def _loader(config: Any, trusted: bool) -> Any:
 def _explained(model: str | Path, path: Path, error: Exception) -> SGLPError:
     """Why transformers could not read a model, in our words."""
     what, first = f"model {str(model)!r}", _first_line(error)
-    if method := _quantised_by(path):
+    if (method := _quantised_by(path)) and not isinstance(error, PermissionError | MemoryError):
         return UnsupportedModelError(
             f"{what} is stored quantised ({method}), which cannot be read here; {first}; give the checkpoint it was "
             "quantised from"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglp_deploy import _io
 from sglp_deploy._io import FILE_LIST
-from sglp_deploy.artifact import MANIFEST, PLAN_FILE
+from sglp_deploy.artifact import CERTIFICATE, MANIFEST, PLAN_FILE
 from sglp_deploy.models.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ _WRONG = {
     "hf_quant_config.json": "says how weights were quantised that are written anew",
     "trainer_state.json": "is of the training of the unpruned model",
     PLAN_FILE: "is the plan that the unpruned model was itself made by",
+    CERTIFICATE: "is the certificate of the unpruned model's folder",
     MANIFEST: "lists the unpruned model's files",
 }
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
@@ -64,7 +65,7 @@ def folder_of(source: ModelSource, module: Any = None) -> Path | None:
     if source.gguf_file is not None:
         return None
     folder = Path(source.id)
-    if folder.is_dir():
+    if source.id and (folder / "config.json").is_file():
         return folder
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -127,11 +128,23 @@ def copy_side_files(
     """
     found = side_files(folder, n_layers)
     if tokenizer is not None and not _is_theirs(folder, tokenizer):
-        found = SideFiles(tuple(each for each in found.travel if not (out / each).exists()), found.left)
+        beside = (each for each in found.travel if not (out / each).exists() and not _is_of_a_tokenizer(each))
+        found = SideFiles(tuple(beside), found.left)
     for path in found.travel:
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / path, out / path)
     return found.left
+
+
+def _is_of_a_tokenizer(path: Path) -> bool:
+    """Whether a file is part of a tokenizer's state; another tokenizer would take it for its own."""
+    name = path.name.lower()
+    return path.parts[:-1] == () and (
+        name.startswith(
+            ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "spiece")
+        )
+        or name.endswith((".tiktoken", ".spm", ".bpe", ".model"))
+    )
 
 
 def _is_theirs(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -140,9 +153,9 @@ def _is_theirs(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
 
     try:
         with quiet_libraries():
-            read: Any = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError):
-        return False  # its code may not be run, or a package is missing; it was given in memory
+            read: Any = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # noqa: BLE001  # tokenizers raises bare ones; the tokenizer was given in memory, and is written
+        return False
     return type(read) is type(tokenizer) and _facts(read) == _facts(tokenizer)
 
 
@@ -162,7 +175,7 @@ def _named_parts(folder: Path) -> set[str]:
     """First folder of each part that sentence-transformers' list names."""
     parts = _json(folder / "modules.json")
     named = [each.get("path") for each in parts if isinstance(each, dict)] if isinstance(parts, list) else []
-    return {Path(path).parts[0] for path in named if isinstance(path, str) and path}
+    return {part for path in named if isinstance(path, str) for part in Path(path).parts[:1]}
 
 
 def _is_weights(file: Path) -> bool:
@@ -185,8 +198,11 @@ def _wrong(file: Path, n_layers: int) -> str | None:
 
 
 def _stated(value: Any) -> Iterator[Any]:
+    """Depths that a JSON value states, at the top or in its parts."""
     if isinstance(value, dict):
         yield from (value[name] for name in DEPTHS if name in value)
+        for part in value.values():
+            yield from _stated(part)
 
 
 def _json(file: Path) -> Any:

@@ -362,9 +362,10 @@ def test_an_artifact_somebody_has_changed_is_set_aside_and_made_again(
 ) -> None:
     (run / "checkpoint" / "config.json").write_text("edited")
     (run / "artifacts" / "onnx" / "NOTES.md").write_text("mine")  # an earlier run's, of which this one makes none
+    (run / "parity" / "onnx.json").write_text('{"schema": "par')  # would stop every report
     site = run / "artifacts" / "site"
     site.mkdir()
-    (site / "manifest.json").write_text('{"name": "a web application"}')
+    (site / "manifest.json").write_text('{"name": "a web application", "schema": "site/2"}')
     for number in ("", "-2"):
         arguments = [item for item in cli_runs.run_arguments(model, run, to="vllm") if item != "-q"]
         assert main(arguments) == 0
@@ -373,6 +374,7 @@ def test_an_artifact_somebody_has_changed_is_set_aside_and_made_again(
         assert (run / "aside" / f"checkpoint{number}" / "config.json").read_text() == "edited"
         assert json.loads((run / "checkpoint" / "config.json").read_text())["num_hidden_layers"] == 4
         (run / "checkpoint" / "config.json").write_text("edited")
+    assert (run / "aside" / "parity" / "onnx.json").read_text() == '{"schema": "par'
     assert (run / "aside" / "artifacts" / "onnx" / "NOTES.md").read_text() == "mine"
     assert not (run / "artifacts" / "onnx").exists()
     assert [file.name for file in site.iterdir()] == ["manifest.json"]

@@ -167,6 +167,20 @@ def test_a_failure_leaves_no_half_folder_and_the_old_one_whole(
     assert not existing or (final / "old").read_text() == "1"
 
 
+def test_a_file_that_somebody_puts_there_during_the_work_is_not_lost(tmp_path: Path) -> None:
+    final = _written_by_us(tmp_path / "out")
+
+    def work() -> None:
+        with _io.staged_directory(final) as folder:
+            (folder / "new").write_text("2")
+            (final / "NOTES.md").write_text("mine")
+
+    with pytest.raises(ConfigError, match=r"out holds other files: NOTES\.md,"):
+        work()
+    assert (final / "NOTES.md").read_text() == "mine"
+    assert _names(tmp_path) == ["out"]
+
+
 def _somebody_edits(folder: Path) -> None:
     (folder / "old").write_text("2")
 

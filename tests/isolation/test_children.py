@@ -78,6 +78,20 @@ def test_folders_of_others_are_not_swept(tmp_path: Path, monkeypatch: pytest.Mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sglp-test-link", "sglp-test-mine"]
 
 
+def test_a_leader_that_is_killed_leaves_none_of_its_group(tmp_path: Path) -> None:
+    code = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=tmp_path
+    ) as leader:
+        assert leader.stdout is not None
+        child = int(leader.stdout.readline())
+        leader.kill()
+        leader.wait()
+        assert psutil.pid_exists(child)
+        end_group(leader)
+    assert _gone([child])
+
+
 def test_a_watched_command_ends_as_it_would_alone() -> None:
     process = subprocess.Popen(
         watched([sys.executable, "-c", "import sys; sys.exit(7)"]),

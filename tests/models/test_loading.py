@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ import tiny
 import zoo
 from sglp_deploy.errors import ConfigError, UnsupportedModelError
 from sglp_deploy.models import layer_stack, load_model, quiet_libraries, source_of
+from sglp_deploy.models.gguf_facts import beyond_transformers
 
 
 @pytest.fixture(scope="module")
@@ -402,6 +404,7 @@ def _llama_3_factors(factor: float) -> np.ndarray:
                             writer.add_uint32("llama.rope.scaling.original_context_length", 32)),
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
         ),
+        (lambda writer: writer.add_float32("llama.rope.scale_linear", 4.0), {"rope_type": "linear", "factor": 4.0}),
         (lambda writer: writer.add_float32("llama.logit_scale", 1.0), None),
     ],
 )  # fmt: skip
@@ -423,6 +426,10 @@ def test_rotary_scaling_of_a_gguf_file_is_read(
             "by the tensor rope_freqs.weight, which follows no rule known here; .*give the checkpoint",
         ),
         (
+            lambda writer: writer.add_string("llama.rope.scaling.type", "longrope"),
+            "by the type 'longrope', which transformers would leave out of a GGUF file; give the checkpoint",
+        ),
+        (
             lambda writer: writer.add_float32("llama.logit_scale", 0.25),
             r"does not read for this family \(llama\.logit_scale = 0\.25\); .*something else; give the checkpoint",
         ),
@@ -438,6 +445,78 @@ def test_numbers_of_a_gguf_file_that_would_be_left_out_are_refused(
     _write_gguf(tmp_path / "tiny.gguf", more)
     with pytest.raises(UnsupportedModelError, match=message):
         load_model(tmp_path / "tiny.gguf")
+
+
+class _Read:
+    """A GGUF file with these keys, and the configuration that transformers made of it."""
+
+    def __init__(self, family: str, keys: dict[str, Any], **config: Any) -> None:
+        facts = {"general.architecture": family, **{f"{family}.{name}": value for name, value in keys.items()}}
+        self.fields = {name: SimpleNamespace(contents=lambda value=value: value) for name, value in facts.items()}
+        self.tensors: list[Any] = []
+        self.config = SimpleNamespace(**config)
+        self.config.get_text_config = lambda: self.config
+
+
+_TWO_BASES = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+@pytest.mark.parametrize(
+    ("read", "changes"),
+    [
+        (
+            _Read("gemma3", {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, rope_parameters=_TWO_BASES),
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            },
+        ),
+        (
+            _Read(
+                "gemma2",
+                {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+                attn_logit_softcapping=50.0,
+                final_logit_softcapping=30.0,
+            ),
+            {},
+        ),
+        (_Read("phi3", {"attention.sliding_window": 2047}, sliding_window=None), {"sliding_window": 2047}),
+        (
+            _Read(
+                "starcoder2", {"rope.freq_base": 999999.0}, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+            ),
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 999999.0}},
+        ),
+        (
+            _Read(
+                "qwen3moe",
+                {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.freq_base": 1e6},
+                rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+            ),
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e6,
+                    "partial_rotary_factor": 0.5,
+                    "factor": 4.0,
+                }
+            },
+        ),
+    ],
+    ids=lambda each: each.fields["general.architecture"].contents() if isinstance(each, _Read) else "",
+)
+def test_what_a_family_s_gguf_file_states_reaches_its_configuration(
+    read: _Read, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gguf.GGUFReader", lambda _path: read)
+    passed_over, found = beyond_transformers(Path("model.gguf"), read.config)
+    assert found == changes
+    assert passed_over == ()
 
 
 def test_keys_of_a_gguf_file_that_nobody_reads_are_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import tiny
+from sglp_deploy._io import FILE_LIST
 from sglp_deploy.artifact import PLAN_FILE, ExportArtifact
 from sglp_deploy.cli.main import main
 from sglp_deploy.compressor import Compressor
@@ -26,13 +27,17 @@ _TRAVELS = {
     "1_Pooling/config.json": '{"pooling_mode": "mean"}',
     "2_Dense/config.json": '{"in_features": 64}',
     "2_Dense/model.safetensors": "weights of a part behind the model",
-    "modules.json": '[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]',
+    "modules.json": '[{"path": ""}, {"path": "."}, {"path": "1_Pooling"}, {"path": "2_Dense"}]',
+    "site/manifest.json": '{"name": "an application"}',
+    "site/parity.json": "{}",
     "not-json.json": "{",
 }
 _STAYS = {
     "README.md": "describes the unpruned model",
     "trainer_state.json": "is of the training of the unpruned model",
     "params.json": "states the 6 layers of the unpruned model",
+    "genai_config.json": "states the 6 layers of the unpruned model",
+    "parity.json": "is the certificate of the unpruned model's folder",
     "hf_quant_config.json": "says how weights were quantised that are written anew",
     "original/": "holds weights of the unpruned model",
 }
@@ -43,6 +48,7 @@ def folder(tmp_path: Path) -> Path:
     """A checkpoint of 6 layers with all of that beside it."""
     folder = tiny.save_tiny(tmp_path / "model")
     more = {"README.md": "# 6 layers", "trainer_state.json": "{}", "params.json": '{"n_layers": 6}'}
+    more |= {"genai_config.json": '{"model": {"decoder": {"num_hidden_layers": 6}}}', "parity.json": "{}"}
     more |= {"hf_quant_config.json": "{}", "original/params.json": "{}", "original/consolidated.00.pth": "weights"}
     more |= {"pytorch_model.bin": "weights", "model.onnx": "weights", ".gitattributes": "*", "optimizer.pt": "state"}
     for name, content in (_TRAVELS | more).items():
@@ -57,8 +63,9 @@ def test_files_travel_into_the_pruned_checkpoint_unless_they_are_weights_or_wron
     out = compressor.save(compressor.plan_by_hand([1]), tmp_path / "out")
     for name, content in _TRAVELS.items():
         assert (out / name).read_text() == content, name
+    compressor.save(compressor.plan_by_hand([2]), out)  # it is ours as a whole, and replaced
     there = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
-    own = {"config.json", "generation_config.json", "model.safetensors", PLAN_FILE}
+    own = {"config.json", "generation_config.json", "model.safetensors", PLAN_FILE, FILE_LIST}
     tokenizer = {name for name in there if name.startswith(("tokenizer", "special_tokens", "chat_template"))}
     assert there - tokenizer == own | set(_TRAVELS)
 
@@ -103,15 +110,20 @@ def test_tokenizer_files_travel_byte_by_byte(tmp_path: Path) -> None:
 
 def test_a_tokenizer_changed_in_memory_is_written_and_not_the_folder_s(tmp_path: Path) -> None:
     folder = tiny.save_tiny(tmp_path / "model")
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<eos>"}')  # as earlier releases write it
     compressor = Compressor.from_pretrained(folder)
     tokenizer: Any = compressor.tokenizer
     tokenizer.chat_template = "another"
+    tokenizer.eos_token = "<pad>"
     out = compressor.save(compressor.plan_by_hand([1]), tmp_path / "out")
-    assert AutoTokenizer.from_pretrained(out).chat_template == "another"
+    again = AutoTokenizer.from_pretrained(out)
+    assert (again.chat_template, again.eos_token) == ("another", "<pad>")
 
 
 def test_a_model_in_memory_or_of_a_gguf_file_has_no_folder_beside_it() -> None:
     loaded = tiny.loaded("llama", num_hidden_layers=2)
+    assert folder_of(source_of(loaded.module, "")) is None
+    assert folder_of(source_of(loaded.module, "tests")) is None  # a folder, and no checkpoint
     assert folder_of(loaded.source) is None
     assert folder_of(source_of(loaded.module, ".", gguf_file="model.gguf")) is None
     assert folder_of(source_of(loaded.module, "no name of a/folder or/hub")) is None
@@ -135,6 +147,11 @@ def test_a_model_in_memory_or_of_a_gguf_file_has_no_folder_beside_it() -> None:
             "gpt_neox",
             {"rope_type": "default", "rope_theta": 1.0, "partial_rotary_factor": 0.5},
             {"rotary_emb_base": 1.0, "rotary_pct": 0.5},
+        ),
+        (
+            "qwen2_vl_text",
+            {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            {"rope_theta": 1e6, "rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}},
         ),
         (
             "gemma3_text",

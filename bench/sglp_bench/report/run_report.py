@@ -31,6 +31,7 @@ _VERSIONS = {
     "result": RESULT_VERSIONS,
 }  # else: the first
 _READERS: Mapping[str, Callable[[Path], object]] = {"comparison": Comparison.load, "result": BenchmarkResult.load}
+_OURS = ("artifact/", "parity/", "comparison/", "result/")
 _LISTS = ("artifacts", "parity", "measurements", "claims", "cards", "missing")
 
 
@@ -244,14 +245,17 @@ def _check_unchanged(root: Path, run: Json) -> None:
     for name, stage in stages.items() if isinstance(stages, Mapping) else ():
         outputs = stage.get("outputs") if isinstance(stage, Mapping) and name != "report" else None
         for output, digest in outputs.items() if isinstance(outputs, Mapping) else ():
-            place = _io.inside(root, str(output))
-            manifest = place / MANIFEST
-            if place.is_file():
-                found = _io.sha256_file(place)
-            elif manifest.is_file():
-                found = _io.sha256_json(_io.read_json(manifest, "artifact"))
-            else:
-                continue  # reported as not measured
+            try:
+                place = _io.inside(root, str(output))
+                manifest = place / MANIFEST
+                if place.is_file():
+                    found = _io.sha256_file(place)
+                elif manifest.is_file():
+                    found = _io.sha256_json(_io.read_json(manifest, "artifact"))
+                else:
+                    continue  # reported as not measured
+            except (OSError, ValueError) as error:
+                raise ArtifactError(f"run.json names the output {output!r}; {error}; run again") from error
             if found != digest:
                 raise ArtifactError(
                     f"{place} is not what the stage {name!r} of this run wrote; a report would quote what nobody "
@@ -260,12 +264,13 @@ def _check_unchanged(root: Path, run: Json) -> None:
 
 
 def _is_of_another_program(file: Path) -> bool:
-    """Whether it is sound JSON without a schema; every file of ours names one, and a damaged one is reported."""
+    """Whether it is sound JSON without a schema of ours; a damaged file may be ours, and is reported."""
     try:
         value = _io.parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return not isinstance(value, dict) or "schema" not in value
+    schema = value.get("schema") if isinstance(value, dict) else None
+    return not str(schema).startswith(_OURS)
 
 
 def _provenance(run: Json) -> Json | None:

@@ -25,8 +25,9 @@ def end_with_parent() -> None:
 
     def watch() -> None:
         hangup = select.poll()
-        hangup.register(0, 0)  # no input is waited for; a hang-up is always told
-        hangup.poll()
+        hangup.register(0, select.POLLHUP)  # no input is waited for
+        while not any(told & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, told in hangup.poll()):
+            continue
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()

@@ -72,7 +72,8 @@ def earlier_names(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any]:
         found = {_BASES.get(model_type, "rope_theta"): rope["rope_theta"]} if "rope_theta" in rope else {}
         if "partial_rotary_factor" in rope:
             found[_SHARES.get(model_type, "partial_rotary_factor")] = rope["partial_rotary_factor"]
-    if whole.get("rope_type", "default") != "default":
+    # Sections of several axes (Qwen-VL) stand there even where nothing is scaled.
+    if whole.get("rope_type", "default") != "default" or set(whole) - {"rope_type", *_NOT_SCALING}:
         found["rope_scaling"] = {name: value for name, value in whole.items() if name not in _NOT_SCALING}
     return found
 
