@@ -84,6 +84,7 @@ def main() -> int:
         else:
             cells[key] = measure(compressor, name, drop, repair, text, judge, made, arguments.heal_tokens)
         _io.write_json(file, result(arguments, cells))
+    _io.write_json(file, result(arguments, cells))
     print(table(cells))
     return 0
 
@@ -175,8 +176,14 @@ def perplexity_of(model: torch.nn.Module, judged: np.ndarray) -> float:
 
 def result(arguments: argparse.Namespace, cells: dict[str, Any]) -> dict[str, Any]:
     """What the file holds."""
-    asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    files = {"model", "calibration", "text", "questions", "output"}  # by their names: where they lie says nothing
+    asked = {key: names_of(value) if key in files else value for key, value in vars(arguments).items()}
     return {"schema": SCHEMA, "asked": asked, "cells": cells, "versions": producer_versions("torch", "transformers")}
+
+
+def names_of(given: Any) -> Any:
+    """Names of files, without their folders."""
+    return [names_of(each) for each in given] if isinstance(given, list) else given and Path(given).name
 
 
 def table(cells: dict[str, Any]) -> str:
