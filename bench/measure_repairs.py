@@ -156,7 +156,9 @@ class Judge:
                 right = self._questions.scores(model, self._tokenizer).values["acc_norm"]
             draws = np.random.default_rng(0).choice(right, (10_000, len(right))).mean(1)
             found["right"] = [float(right.mean()), *(float(each) for each in np.percentile(draws, [2.5, 97.5]))]
-            found["answers"] = "".join(str(int(each)) for each in right)  # of each question, so that plans can be paired
+            found["answers"] = "".join(
+                str(int(each)) for each in right
+            )  # of each question, so that plans can be paired
         return found
 
     def _cut(self, text: str, arguments: argparse.Namespace) -> np.ndarray:

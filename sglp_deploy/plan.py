@@ -143,7 +143,7 @@ class PruningPlan:
             facts["scores"] = {name: tuple(float(x) for x in row) for name, row in facts["scores"].items()}
             if facts["similarity"] is not None:
                 facts["similarity"] = tuple(tuple(float(x) for x in row) for row in facts["similarity"])
-                if any(abs(x) > _FARTHEST_CKA for row in facts["similarity"] for x in row):
+                if any(_FARTHEST_CKA < abs(x) < float("inf") for row in facts["similarity"] for x in row):
                     raise ValueError("a similarity is far from [0, 1]")
             facts["n_layers"], facts["seed"] = _whole(facts["n_layers"]), _whole(facts["seed"])
             for name in ("budget", "model", "versions", "elapsed_s", "options"):

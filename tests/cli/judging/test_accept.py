@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import cli_runs
+from sglp_deploy import _io
 from sglp_deploy.cli.config import RunConfig
 from sglp_deploy.cli.exits import Exit
 from sglp_deploy.cli.main import build_parser, main
@@ -131,6 +132,7 @@ def test_failed_parity_keeps_its_own_code(run: Path, tmp_path_factory: pytest.Te
     certificate = passed | {"passed": False, "reasons": ["planted"]}
     (run / "parity" / "onnx.json").write_text(json.dumps(certificate))
     value = json.loads((run / "run.json").read_text()) | {"accept": {"parity": "passed"}}
+    value["stages"]["parity onnx"]["outputs"]["parity/onnx.json"] = _io.sha256_file(run / "parity" / "onnx.json")
     (run / "run.json").write_text(json.dumps(value))
     assert main(["report", str(run), "-q"]) == 0
     plan = PruningPlan.load(run / "plan.json")

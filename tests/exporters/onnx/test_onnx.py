@@ -301,7 +301,7 @@ def test_half_precision_is_exported_as_it_is_and_says_nothing(
     tmp_path: Path, out: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     loaded = load_model(tiny.save_tiny(tmp_path / "in", num_hidden_layers=2), dtype="fp16")
-    model = materialize(loaded.module, tiny.plan_for(loaded.module, (1,)), loaded.source)
+    model = materialize(loaded.module, tiny.plan_for(loaded.module, (1,)), tiny.source(loaded.module))
     artifact = OnnxExporter().export(model, out)
     assert capfd.readouterr() == ("", "")
     assert artifact.precision == "fp16"
@@ -321,7 +321,7 @@ def test_half_precision_is_exported_as_it_is_and_says_nothing(
 
 def test_bfloat16_is_refused_before_anything_is_traced(tmp_path: Path, out: Path) -> None:
     loaded = load_model(tiny.save_tiny(tmp_path / "in", num_hidden_layers=2), dtype="bf16")
-    model = materialize(loaded.module, tiny.plan_for(loaded.module, (1,)), loaded.source)
+    model = materialize(loaded.module, tiny.plan_for(loaded.module, (1,)), tiny.source(loaded.module))
     with pytest.raises(
         ConfigError, match=r"the weights are bfloat16; .*load the model with --dtype fp32 or --dtype fp16"
     ):

@@ -396,7 +396,7 @@ def test_wrong_options_are_refused_before_any_work(
 @pytest.mark.parametrize("precision", ["fp32", *QUANTISED])
 def test_what_half_precision_has_lost_is_not_claimed_back(tmp_path: Path, precision: str) -> None:
     loaded = load_model(tiny.save_tiny(tmp_path / "in", num_hidden_layers=2), dtype="fp16")
-    model = materialize(loaded.module, tiny.plan_for(loaded.module, (1,)), loaded.source)
+    model = materialize(loaded.module, tiny.plan_for(loaded.module, (1,)), tiny.source(loaded.module))
     with pytest.raises(ConfigError, match=rf"precision='{precision}' was asked for a model whose weights are fp16; .*"):
         OnnxExporter().export(model, tmp_path / "a", precision=precision)
 
