@@ -301,12 +301,17 @@ def cache_folder() -> Path:
     return cache / "sglp-deploy"
 
 
+def json_of(file: Path, *, ours: bool = True) -> Any:
+    """What a JSON file says, see :func:`parse_json`; None where it is absent or cannot be read."""
+    try:
+        return parse_json(file.read_text(encoding="utf-8"), ours=ours)
+    except (OSError, ValueError):
+        return None
+
+
 def has_schema(file: Path, schema: str) -> bool:
     """Whether a file is JSON of ours of a kind ("artifact/"), of any version; others call theirs the same."""
-    try:
-        value = parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    value = json_of(file)
     return isinstance(value, dict) and str(value.get("schema", "")).startswith(schema)
 
 
@@ -330,7 +335,7 @@ def foreign_files(folder: Path) -> list[str]:
     for name, schema in _LISTS.items():
         if has_schema(folder / name, schema):
             lists.add(name)
-            files = json.loads((folder / name).read_text(encoding="utf-8")).get("files")
+            files = json_of(folder / name).get("files")
             listed |= files if isinstance(files, dict) else {}
 
     def ours(file: Path) -> bool:

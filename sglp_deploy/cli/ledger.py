@@ -247,14 +247,6 @@ def move_aside(root: Path, output: str) -> str:
     return place.relative_to(root).as_posix()
 
 
-def _is_damaged(file: Path) -> bool:
-    try:
-        _io.parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return True
-    return False
-
-
 def remove_strangers(root: Path, outputs: Iterable[str]) -> list[tuple[str, str | None]]:
     """Remove plans, artifacts, certificates and measurements of earlier runs that are no output of this one.
 
@@ -276,7 +268,7 @@ def remove_strangers(root: Path, outputs: Iterable[str]) -> list[tuple[str, str 
         file.parent if file.name == MANIFEST else file
         for pattern in ("artifacts/*/manifest.json", "parity/*.json", "bench/*/result.json", "bench/*/comparison.json")
         for file in root.glob(pattern)
-        if _is_damaged(file)
+        if _io.json_of(file) is None
     }
     gone: list[tuple[str, str | None]] = []
     for path in sorted(found | damaged):

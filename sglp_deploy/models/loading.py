@@ -207,11 +207,8 @@ def _explained(model: str | Path, path: Path, error: Exception) -> SGLPError:
 
 def _quantised_by(path: Path) -> str | None:
     """What a checkpoint's config.json says it was quantised by; None where it says nothing."""
-    try:
-        config = _io.parse_json((path / "config.json").read_text(encoding="utf-8"), ours=False)
-        stated = config.get("quantization_config")
-    except (OSError, ValueError, AttributeError):
-        return None
+    config = _io.json_of(path / "config.json", ours=False)
+    stated = config.get("quantization_config") if isinstance(config, dict) else None
     return str(stated.get("quant_method", "of an unnamed kind")) if isinstance(stated, dict) else None
 
 
@@ -306,11 +303,8 @@ def _check_folder(path: Path, allow_pickle: bool) -> None:
 
 def _check_depth(file: Path) -> None:
     """Refuse a depth that no model has before a library builds so many layers."""
-    try:
-        config = _io.parse_json(file.read_text(encoding="utf-8"), ours=False)
-    except (OSError, ValueError):
-        return  # transformers says what is wrong with it
-    parts = [config, *config.values()] if isinstance(config, dict) else []
+    config = _io.json_of(file, ours=False)
+    parts = [config, *config.values()] if isinstance(config, dict) else []  # else transformers says what is wrong
     for part in parts:
         for name in DEPTHS if isinstance(part, dict) else ():
             depth = part.get(name)

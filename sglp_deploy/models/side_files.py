@@ -173,7 +173,7 @@ def _facts(tokenizer: Any) -> tuple[Any, ...]:
 
 def _named_parts(folder: Path) -> set[str]:
     """First folder of each part that sentence-transformers' list names."""
-    parts = _json(folder / "modules.json")
+    parts = _io.json_of(folder / "modules.json", ours=False)
     named = [each.get("path") for each in parts if isinstance(each, dict)] if isinstance(parts, list) else []
     return {part for path in named if isinstance(path, str) for part in Path(path).parts[:1]}
 
@@ -192,7 +192,7 @@ def _wrong(file: Path, n_layers: int) -> str | None:
         return why
     if file.stat().st_size > _LARGEST:
         return f"is larger than {_LARGEST // 1024**2} MB, so no part of a checkpoint that is known"
-    if file.suffix == ".json" and any(depth == n_layers for depth in _stated(_json(file))):
+    if file.suffix == ".json" and any(depth == n_layers for depth in _stated(_io.json_of(file, ours=False))):
         return f"states the {n_layers} layers of the unpruned model"
     return None
 
@@ -203,13 +203,3 @@ def _stated(value: Any) -> Iterator[Any]:
         yield from (value[name] for name in DEPTHS if name in value)
         for part in value.values():
             yield from _stated(part)
-
-
-def _json(file: Path) -> Any:
-    """What a JSON file says; None where it is absent or not one."""
-    try:
-        if file.stat().st_size > _LARGEST:
-            return None
-        return _io.parse_json(file.read_text(encoding="utf-8"), ours=False)
-    except (OSError, ValueError):
-        return None

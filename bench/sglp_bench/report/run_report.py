@@ -214,11 +214,9 @@ def _title(value: Json) -> str:
     return f"{model}: {plan['n_layers']} to {len(plan['keep'])} layers" if plan.get("keep") else model
 
 
-def _optional(path: Path, kind: str | None = None) -> Json | None:
+def _optional(path: Path) -> Json | None:
     if not path.is_file():
         return None
-    if kind:
-        return _io.read_json(path, kind, _VERSIONS.get(kind, (1,)))
     try:
         value = _io.parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -265,9 +263,8 @@ def _check_unchanged(root: Path, run: Json) -> None:
 
 def _is_of_another_program(file: Path) -> bool:
     """Whether it is sound JSON without a schema of ours; a damaged file may be ours, and is reported."""
-    try:
-        value = _io.parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    value = _io.json_of(file)
+    if value is None:
         return False
     schema = value.get("schema") if isinstance(value, dict) else None
     return not str(schema).startswith(_OURS)
