@@ -14,7 +14,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,8 +22,7 @@ from typing import Any, Final
 from sglp_deploy import _io, registry
 from sglp_deploy._names import unknown_name
 from sglp_deploy.errors import BackendError, ConfigError, MissingDependencyError
-from sglp_deploy.isolation import lock
-from sglp_deploy.isolation.children import WATCHED, end_group, watched
+from sglp_deploy.isolation import children, lock
 from sglp_deploy.protocols import EnvironmentSpec
 
 SCHEMA: Final = "environment/1"  # history: 1 = first
@@ -227,33 +225,17 @@ def _step(
         f"that has it in {variable(spec.name)}"
     )
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        # pip does its work in processes of its own; none of them may outlive a signal to us, nor our end.
-        process = subprocess.Popen(
-            watched(list(command)),
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=clean | WATCHED,
-            start_new_session=True,
-        )
-        try:
-            process.wait(timeout_s)
-        except subprocess.TimeoutExpired as error:
-            raise BackendError(
-                f"{what} for the environment {spec.name!r} took more than {timeout_s:g} s and was stopped; a slow "
-                f"network or disk can be the reason; {advice}"
-            ) from error
-        finally:
-            end_group(process)
-            assert process.stdin is not None
-            process.stdin.close()
-        log.seek(0)
-        said = log.read()
-    if process.returncode:
-        last = "\n  ".join(said.strip().splitlines()[-_LAST_LINES:])
+    try:
+        done = children.run(command, environment=clean, timeout_s=timeout_s)
+    except subprocess.TimeoutExpired as error:
         raise BackendError(
-            f"{what} for the environment {spec.name!r} failed (exit {process.returncode}); {advice}\n  {last}"
+            f"{what} for the environment {spec.name!r} took more than {timeout_s:g} s and was stopped; a slow "
+            f"network or disk can be the reason; {advice}"
+        ) from error
+    if done.returncode:
+        last = "\n  ".join(f"{done.stdout}\n{done.stderr}".strip().splitlines()[-_LAST_LINES:])
+        raise BackendError(
+            f"{what} for the environment {spec.name!r} failed (exit {done.returncode}); {advice}\n  {last}"
         )
 
 

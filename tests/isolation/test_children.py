@@ -15,6 +15,7 @@ import pytest
 
 import cli_runs
 from sglp_deploy import _io
+from sglp_deploy.isolation import children
 from sglp_deploy.isolation.children import WATCHED, end_group, watched
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
@@ -103,3 +104,25 @@ def test_a_watched_command_ends_as_it_would_alone() -> None:
     end_group(process)  # it has ended; nobody else is hit
     assert process.stdin is not None
     process.stdin.close()
+
+
+def test_what_a_command_prints_and_how_it_ended_come_back() -> None:
+    code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"
+    done = children.run([sys.executable, "-c", code])
+    assert (done.returncode, done.stdout, done.stderr) == (3, "out\n", "err\n")
+    with_own = children.run(
+        [sys.executable, "-c", "import os; print(os.environ['ONE'])"], environment={**os.environ, "ONE": "1"}
+    )
+    assert with_own.stdout == "1\n"
+    killed = children.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+    assert killed.returncode == -signal.SIGKILL
+
+
+def test_a_command_that_takes_too_long_is_ended_with_its_children(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, time; from pathlib import Path; "
+        f"Path({str(tmp_path / 'pid')!r}).write_text(str(subprocess.Popen(['sleep', '600']).pid)); time.sleep(600)"
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        children.run([sys.executable, "-c", code], timeout_s=5)
+    assert _gone([int((tmp_path / "pid").read_text())])

@@ -10,7 +10,6 @@ Nothing here may import torch: a benchmark's worker comes this way, and its memo
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from sglp_deploy.artifact import (
     write_manifest,
 )
 from sglp_deploy.errors import BackendError, ConfigError, UnsupportedModelError
+from sglp_deploy.isolation import children
 from sglp_deploy.protocols import FormatFacts, check_open_options
 from sglp_exporters.genai.runner import CONFIG_FILE, OrtGenaiRunner, settings
 from sglp_exporters.runners import stored_weights
@@ -168,14 +168,8 @@ def _build(model: CompressedModel, folder: Path, precision: str) -> None:
         write_checkpoint_files(model, checkpoint)
         command = [sys.executable, "-m", _BUILDER, "-m", "none", "-i", str(checkpoint), "-o", str(folder)]
         command += ["-p", precision, "-e", "cpu", "-c", str(scratch / "cache")]
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        done = children.run(command, environment=environment)
     if done.returncode == 0 and (folder / MODEL_FILE).is_file() and (folder / CONFIG_FILE).is_file():
         return
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]

@@ -8,7 +8,6 @@ certified, by the same command on a machine that has the device.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from sglp_deploy.artifact import (
     write_manifest,
 )
 from sglp_deploy.errors import BackendError, ConfigError
+from sglp_deploy.isolation import children
 from sglp_deploy.protocols import FormatFacts, Runner, check_open_options
 from sglp_exporters.onnx.runner import ONNX_PACKAGES
 from sglp_exporters.runners import stored_weights
@@ -320,7 +320,7 @@ def _run_builder(folder: Path, timing_cache: str | Path | None) -> dict[str, Any
     command = [sys.executable, str(folder / SCRIPT_FILE), "--out", str(folder)]
     if timing_cache is not None:
         command += ["--timing-cache", str(Path(timing_cache).resolve())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    done = children.run(command)
     if done.returncode == 1 and "error: " in done.stderr:
         raise BackendError(done.stderr.rpartition("error: ")[2].strip())
     if done.returncode != 0:

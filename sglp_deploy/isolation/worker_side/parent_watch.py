@@ -36,7 +36,12 @@ def end_with_parent() -> None:
 def main() -> int:
     """Run the command given as arguments until it ends or the parent does."""
     end_with_parent()
-    return subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL, check=False).returncode
+    status = subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL, check=False).returncode
+    if status < 0:  # the parent is to see how it ended
+        if -status != signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    return status
 
 
 if __name__ == "__main__":

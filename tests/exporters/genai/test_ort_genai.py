@@ -290,7 +290,7 @@ def test_a_builder_that_fails_is_quoted_and_leaves_nothing(
     def failing(*_arguments: Any, **_options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess([], 1, "", f"Traceback\n{words}\n")
 
-    monkeypatch.setattr(ort_genai.subprocess, "run", failing)
+    monkeypatch.setattr(ort_genai.children, "run", failing)
     words = "KeyError: 'rope_type'"
     with pytest.raises(BackendError, match="builder failed on this LlamaForCausalLM; KeyError: 'rope_type'; export it"):
         made.compressor.export(made.plan, "ort-genai", out)
