@@ -330,7 +330,10 @@ class Pipeline:
 
     def _loaded(self) -> Compressor:
         if self._compressor is None:
+            from sglp_deploy.models.samples import table_of_positions  # it needs torch, which a finished run does not
+
             self._compressor = session.compressor(self._config, self._console)
+            self._workload.require_positions(table_of_positions(self._compressor.model))
             for export in self._exports():
                 try:
                     check = getattr(registry.exporter(export.format), "check_precision", None)

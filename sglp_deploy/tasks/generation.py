@@ -6,6 +6,7 @@ greedy decoding shows at once.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -14,6 +15,7 @@ import torch
 
 from sglp_deploy.evidence.text import row_start
 from sglp_deploy.models.library import evaluating
+from sglp_deploy.models.samples import table_of_positions
 from sglp_deploy.tasks import require
 from sglp_deploy.tasks.language import LanguageTask
 
@@ -42,6 +44,8 @@ def greedy_sample(
 ) -> list[dict[str, Any]]:
     """What ``module`` writes after each prompt, always the most probable token, up to its end-of-text token.
 
+    Where the model has learned vectors for few positions, it writes as many as there is room for.
+
     Returns:
         For each prompt ``{"prompt", "text", "n_tokens", "repetition", "distinct_1", "distinct_2"}``; see
         :func:`repetition` and :func:`distinct`.
@@ -52,10 +56,13 @@ def greedy_sample(
     require(LanguageTask(), module)
     model = cast("PreTrainedModel", module)
     first = row_start(tokenizer)
+    most = table_of_positions(module) or sys.maxsize
     rows = []
     for done, prompt in enumerate(prompts, 1):
-        ids = torch.tensor([[*first, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]], device=model.device)
-        with _plain_greedy(model, n_tokens), evaluating(model), torch.inference_mode():
+        prompted = [*first, *tokenizer(prompt, add_special_tokens=False)["input_ids"]][: most - 1]
+        ids = torch.tensor([prompted], device=model.device)
+        room = max(1, min(n_tokens, most - ids.shape[1]))
+        with _plain_greedy(model, room), evaluating(model), torch.inference_mode():
             written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))[0, ids.shape[1] :].tolist()
         rows.append(
             {

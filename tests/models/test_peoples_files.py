@@ -22,11 +22,13 @@ from transformers import (
 )
 
 import tiny
+from sglp_deploy.cli.main import main
 from sglp_deploy.compressor import Compressor
 from sglp_deploy.errors import CalibrationError, ConfigError, UnsupportedModelError
 from sglp_deploy.evidence.text import CalibrationSet
 from sglp_deploy.materialize import same_bits
 from sglp_deploy.models import load_model
+from sglp_deploy.tasks.generation import greedy_sample
 
 _SMALL: dict[str, Any] = {
     "vocab_size": tiny.VOCAB_SIZE,
@@ -185,3 +187,24 @@ def test_a_depth_no_model_has_is_refused_before_anything_is_built(tmp_path: Path
 def test_a_device_without_numbers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="device 'meta' holds no numbers here"):
         load_model(_write(tmp_path / "m"), device="meta")
+
+
+def test_a_workload_beyond_the_learned_positions_is_refused_before_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"vocab_size": tiny.VOCAB_SIZE, "n_embd": 32, "n_layer": 3, "n_head": 2, "n_positions": 64}
+    folder = _write(tmp_path / "m", GPT2Config(**facts))
+    asked = ["run", str(folder), "--drop", "1", "--workload", "demo", "-q", "-o", str(tmp_path / "run")]
+    assert main(asked) == 1
+    assert (
+        "the workload 'demo' runs 128 tokens and 32 more, and the model has learned positions for 64; beyond them it "
+        "cannot run; choose smoke\n"
+    ) in capsys.readouterr().err
+    assert not (tmp_path / "run" / "plan.json").exists()
+
+
+def test_a_sample_ends_where_the_learned_positions_do(tmp_path: Path) -> None:
+    facts = {"vocab_size": tiny.VOCAB_SIZE, "n_embd": 32, "n_layer": 3, "n_head": 2, "n_positions": 40}
+    made = Compressor.from_pretrained(_write(tmp_path / "m", GPT2Config(**facts)))
+    rows = greedy_sample(made.model, made.tokenizer, 48, prompts=["The mill", "The miller " * 20])
+    assert [row["n_tokens"] for row in rows] == [40 - len(made.tokenizer("The mill")["input_ids"]), 1]

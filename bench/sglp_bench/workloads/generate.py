@@ -149,6 +149,24 @@ class Workload:
             )
         return cls.from_json({"name": name, **_NAMED[name], **changes})
 
+    def require_positions(self, most: int | None) -> None:
+        """Refuse a model that has learned too few positions for this workload.
+
+        Args:
+            most: How many it has; None where it can take any number.
+
+        Raises:
+            ConfigError: Naming the workloads that fit.
+        """
+        if most is None or self.prompt_tokens + self.decode_tokens <= most:
+            return
+        fit = [name for name, sizes in _NAMED.items() if sizes["prompt_tokens"] + sizes["decode_tokens"] <= most]
+        advice = f"choose {' or '.join(fit)}" if fit else "build a shorter Workload(...) yourself"
+        raise ConfigError(
+            f"the workload {self.name!r} runs {self.prompt_tokens} tokens and {self.decode_tokens} more, and the model "
+            f"has learned positions for {most}; beyond them it cannot run; {advice}"
+        )
+
     @property
     def digest(self) -> str:
         """SHA-256 over every field and the kind; results with different digests are not compared."""
