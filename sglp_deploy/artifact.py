@@ -146,25 +146,25 @@ class ExportArtifact:
                 there that it does not list.
         """
         root = Path(path)
+        from sglp_deploy.shapes import files  # what checks types loads only where a file is read
+
         value = _io.read_json(root / MANIFEST, "artifact")
-        try:
-            artifact = cls(
-                path=root,
-                format=value["format"],
-                files={name: FileRecord(**record) for name, record in value["files"].items()},
-                inputs=tuple(TensorSpec.from_json(spec) for spec in value["inputs"]),
-                outputs=tuple(TensorSpec.from_json(spec) for spec in value["outputs"]),
-                precision=value["precision"],
-                weight_bytes=value["weight_bytes"],
-                n_layers=value["n_layers"],
-                plan_digest=value["plan_digest"],
-                model=value["model"],
-                derived_from=value["derived_from"],
-                producer=value["producer"],
-                details=value["details"],
-            )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ArtifactError(f"{root / MANIFEST} lacks or mistypes a field; {error}; export it again") from error
+        files.refuse_mistyped(files.Artifact, value, str(root / MANIFEST), "export it again")
+        artifact = cls(
+            path=root,
+            format=value["format"],
+            files={name: FileRecord(record["sha256"], record["bytes"]) for name, record in value["files"].items()},
+            inputs=tuple(TensorSpec.from_json(spec) for spec in value["inputs"]),
+            outputs=tuple(TensorSpec.from_json(spec) for spec in value["outputs"]),
+            precision=value["precision"],
+            weight_bytes=value["weight_bytes"],
+            n_layers=value["n_layers"],
+            plan_digest=value["plan_digest"],
+            model=value["model"],
+            derived_from=value["derived_from"],
+            producer=value["producer"],
+            details=value["details"],
+        )
         for name, record in artifact.files.items():
             file = _io.inside(root, name)
             if not file.is_file():

@@ -134,27 +134,24 @@ class PruningPlan:
             wrong = [f"{name} is missing" for name in sorted(names - given)]
             wrong += [f"{name} is unknown" for name in sorted(given - names)]
             raise ArtifactError(f"the plan's fields are wrong; {', '.join(wrong)}; make the plan again")
+        from sglp_deploy.shapes import files  # what checks types loads only where a file is read
+
+        files.refuse_mistyped(files.Plan, value, "the plan", "make the plan again")
         facts = {name: value[name] for name in names}
-        try:
-            for name in ("keep", "drop"):
-                facts[name] = tuple(_whole(layer) for layer in facts[name])
-            facts["segments"] = tuple((_whole(start), _whole(end)) for start, end in facts["segments"])
-            facts["segment_losses"] = tuple(float(loss) for loss in facts["segment_losses"])
-            facts["scores"] = {name: tuple(float(x) for x in row) for name, row in facts["scores"].items()}
-            if facts["similarity"] is not None:
-                facts["similarity"] = tuple(tuple(float(x) for x in row) for row in facts["similarity"])
-                if any(_FARTHEST_CKA < abs(x) < float("inf") for row in facts["similarity"] for x in row):
-                    raise ValueError("a similarity is far from [0, 1]")
-            facts["n_layers"], facts["seed"] = _whole(facts["n_layers"]), _whole(facts["seed"])
-            for name in ("budget", "model", "versions", "elapsed_s", "options"):
-                facts[name] = dict(facts[name])
-            for name in ("calibration", "compensation", "overlay"):
-                facts[name] = None if facts[name] is None else dict(facts[name])
-            facts["config_changes"] = tuple(dict(change) for change in facts["config_changes"])
-            if facts["task"] is not None and not isinstance(facts["task"], str):
-                raise TypeError(f"{facts['task']!r} is not the name of a task")
-        except (TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"a field of the plan has the wrong type; {error}; make the plan again") from error
+        for name in ("keep", "drop"):
+            facts[name] = tuple(facts[name])
+        facts["segments"] = tuple((start, end) for start, end in facts["segments"])
+        facts["segment_losses"] = tuple(float(loss) for loss in facts["segment_losses"])
+        facts["scores"] = {name: tuple(float(x) for x in row) for name, row in facts["scores"].items()}
+        if facts["similarity"] is not None:
+            facts["similarity"] = tuple(tuple(float(x) for x in row) for row in facts["similarity"])
+            if any(_FARTHEST_CKA < abs(x) < float("inf") for row in facts["similarity"] for x in row):
+                raise ArtifactError("a similarity of the plan is far from [0, 1]; no estimator gives it; plan again")
+        for name in ("budget", "model", "versions", "elapsed_s", "options"):
+            facts[name] = dict(facts[name])
+        for name in ("calibration", "compensation", "overlay"):
+            facts[name] = None if facts[name] is None else dict(facts[name])
+        facts["config_changes"] = tuple(dict(change) for change in facts["config_changes"])
         return cls(**facts)
 
     def save(self, path: str | Path) -> None:
@@ -392,9 +389,3 @@ def _added_in_3(calibration: Any) -> dict[str, Any]:
 
 def _says_nothing_but(plan: PruningPlan, meant: Mapping[str, Any]) -> bool:
     return all(getattr(plan, name) == value for name, value in meant.items())
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{value!r} is not a whole number")
-    return value

@@ -178,6 +178,9 @@ class BenchmarkResult:
         Raises:
             ArtifactError: If a field is missing or mistyped.
         """
+        from sglp_bench import shapes  # what checks types loads only where a file is read
+
+        shapes.refuse_mistyped(shapes.Result, value, "the result", "measure it again")
         try:
             first = value["schema"] == "result/1"
             workload = workload_from_json(value["workload"])

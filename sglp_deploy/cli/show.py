@@ -12,6 +12,7 @@ from sglp_deploy import _io, plan
 from sglp_deploy.cli.console import table
 from sglp_deploy.errors import ArtifactError
 from sglp_deploy.overlay import HEAL, repairs_of
+from sglp_deploy.parity import certificate
 from sglp_deploy.parity.certificate import ParityReport
 from sglp_deploy.tasks.base import QUALITY_VERSIONS, judged_models
 
@@ -57,10 +58,37 @@ def describe(value: Json) -> str:
             f"schema {kind!r} is unknown to this version; it cannot be shown; the known ones are "
             f"{', '.join(sorted(_VIEWS))}"
         )
+    _refuse_mistyped(kind, value)
     try:
         return _VIEWS[kind](value)
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise ArtifactError(f"the {kind} file is incomplete; {error!r}; make it again") from error
+
+
+def _refuse_mistyped(kind: str, value: Json) -> None:
+    """Check what has a reader of its own by that reader, and what has none by its shape."""
+    from sglp_bench import shapes
+    from sglp_bench.judge.compare import Comparison
+    from sglp_bench.result import BenchmarkResult
+    from sglp_deploy.shapes import files
+
+    readers: dict[str, Callable[[Json], object]] = {
+        "plan": plan.PruningPlan.from_json,
+        "parity": ParityReport.from_json,
+        "comparison": Comparison.from_json,
+        "result": BenchmarkResult.from_json,
+    }
+    known: dict[str, type[shapes.Shape]] = {
+        "artifact": files.Artifact,
+        "quality": files.Quality,
+        "run": files.Run,
+        "report": shapes.Report,
+    }
+    name = kind.partition("/")[0]
+    if name in readers:
+        readers[name](value)
+    elif name in known:
+        files.refuse_mistyped(known[name], value, f"the {kind} file", "make it again")
 
 
 def _plan(value: Json) -> str:
@@ -335,7 +363,7 @@ _VIEWS: dict[str, Callable[[Json], str]] = {
     "comparison/1": _comparison,
     "comparison/2": _comparison,
     "environment/1": _environment,
-    "parity/1": _parity,
+    **{f"parity/{version}": _parity for version in certificate.VERSIONS},
     "perplexity/1": _perplexity,
     **{f"plan/{version}": _plan for version in plan.VERSIONS},
     **{f"quality/{version}": _quality for version in QUALITY_VERSIONS},

@@ -7,15 +7,16 @@ Measuring is :mod:`sglp_deploy.parity.decoder` and :mod:`sglp_deploy.parity.forw
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from sglp_deploy import _io
 from sglp_deploy.errors import ArtifactError, ParityError
-from sglp_deploy.parity.bounds import ForwardThresholds, Thresholds
+from sglp_deploy.parity.bounds import ForwardThresholds, Thresholds, limits
 
-SCHEMA = "parity/1"  # history: 1 = first
+SCHEMA = "parity/2"  # history: 1 = first; 2 = a digest of itself
+VERSIONS = (1, 2)  # those that are read
 
 
 def judge_case(record: Mapping[str, Any], in_force: Mapping[str, float], bounds: Thresholds) -> list[str]:
@@ -131,51 +132,64 @@ class ParityReport:
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``parity.json``."""
-        value = asdict(self)
-        return {
-            "schema": SCHEMA,
-            "passed": self.passed,
-            **value,
-            "cases": list(value["cases"]),
-            "reasons": list(value["reasons"]),
-        }
+        value = {"schema": SCHEMA, "passed": self.passed, **asdict(self)}
+        value |= {"cases": list(self.cases), "reasons": list(self.reasons)}
+        return {**value, "digest": _io.sha256_json(value)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ParityReport:
-        """Inverse of :meth:`to_json`; ``passed`` is worked out again and not believed.
+        """Inverse of :meth:`to_json`; no verdict in it is believed: each case is judged again by its statistics.
 
         Raises:
-            ArtifactError: If the schema is unknown, or a field is missing, unknown or mistyped.
+            ArtifactError: If the schema is unknown, a field is missing, unknown or mistyped, a case that is said to
+                have passed does not, or the content is not what was written.
         """
-        if value.get("schema") != SCHEMA:
+        if value.get("schema") not in [f"parity/{version}" for version in VERSIONS]:
             raise ArtifactError(
                 f"the certificate has schema {value.get('schema')!r}; this version reads {SCHEMA!r}; verify again"
             )
+        digested = value["schema"] != "parity/1"
         names = set(cls.__dataclass_fields__)
-        given = set(value) - {"schema", "passed"}
+        given = set(value) - {"schema", "passed"} - ({"digest"} if digested else set())
         # Certificates from before there was the last field stay readable.
         faults = [f"{name} is missing" for name in sorted(names - given - {"stands_in_for"})]
         faults += [f"{name} is unknown" for name in sorted(given - names)]
-        faults += [
-            f"{name} is not {words}"
-            for name in sorted(names & given)
-            for kind, words in [_FIELD_KINDS.get(name, (str, "text"))]
-            if not isinstance(value[name], kind)
-        ]
-        if not faults:
-            faults += [
-                f"case {number} lacks a name, or passed is not true or false"
-                for number, case in enumerate(value["cases"])
-                if not (isinstance(case, Mapping) and "name" in case and isinstance(case.get("passed"), bool))
-            ]
-            faults += ["reasons are not all text"] * (not all(isinstance(reason, str) for reason in value["reasons"]))
-        try:
-            if not faults:
-                facts = {name: value[name] for name in names & given}
-                return cls(**{**facts, "cases": tuple(facts["cases"]), "reasons": tuple(facts["reasons"])})
-        except ValueError as error:  # NaN, which Python's reader of JSON lets through
-            faults.append(str(error))
-        raise ArtifactError(f"the certificate is malformed; {', '.join(faults)}; verify the artifact again")
+        if faults:
+            raise ArtifactError(f"the certificate is malformed; {', '.join(faults)}; verify the artifact again")
+        from sglp_deploy.shapes import files  # what checks types loads only where a file is read
+
+        files.refuse_mistyped(files.Certificate, value, "the certificate", "verify the artifact again")
+        facts = {name: value[name] for name in names & given}
+        report = cls(**{**facts, "cases": tuple(facts["cases"]), "reasons": tuple(facts["reasons"])})
+        if fault := report._contradiction():
+            raise ArtifactError(f"the certificate contradicts itself; {fault}; verify the artifact again")
+        if digested and value.get("digest") != _io.sha256_json({k: v for k, v in value.items() if k != "digest"}):
+            raise ArtifactError(
+                "the certificate is not as it was written; its digest is of another content; verify the artifact again"
+            )
+        return report
+
+    def _contradiction(self) -> str | None:
+        """By what a case fails that is said to have passed, judged again from its statistics; or None."""
+        forward = "max_relative" in self.thresholds
+        kind: type[Thresholds] | type[ForwardThresholds] = ForwardThresholds if forward else Thresholds
+        over_noise = {"max_relative" if forward else "max_abs", "kl_p99", "kl_max"}
+        if set(self.thresholds) != {entry.name for entry in fields(kind)} or set(self.noise_floor) != over_noise:
+            return "it lacks bounds or the noise they are over"
+        bounds = kind(**self.thresholds)
+        in_force = limits(bounds, self.noise_floor)
+        for case in self.cases:
+            if case["passed"]:
+                try:
+                    if isinstance(bounds, ForwardThresholds):
+                        faults = judge_forward_case(case, in_force, bounds)
+                    else:
+                        faults = judge_case(case, in_force, bounds)
+                except (KeyError, TypeError) as error:  # a statistic that is absent, or None
+                    faults = [f"what it was judged by is incomplete ({error})"]
+                if faults:
+                    return f"{case['name']!r} is said to have passed, and {faults[0]}"
+        return None
 
     def save(self, path: str | Path) -> None:
         """Write ``parity.json`` atomically.
@@ -192,7 +206,7 @@ class ParityReport:
         Raises:
             ArtifactError: If the file is missing, not JSON, of an unknown schema, or malformed.
         """
-        return cls.from_json(_io.read_json(Path(path), "parity"))
+        return cls.from_json(_io.read_json(Path(path), "parity", VERSIONS))
 
     def require(self) -> None:
         """Raise unless the artifact passed.
@@ -207,11 +221,3 @@ class ParityReport:
                 "again and keep parity.json for a bug report",
                 self,
             )
-
-
-_FIELD_KINDS: Mapping[str, tuple[type, str]] = {
-    "thresholds": (Mapping, "a table"),
-    "noise_floor": (Mapping, "a table"),
-    "cases": (list, "a list"),
-    "reasons": (list, "a list"),
-}

@@ -92,7 +92,7 @@ def test_the_place_survives_the_file(tmp_path: Path) -> None:
 def test_an_incomplete_file_and_another_schema_are_refused(tmp_path: Path) -> None:
     value = planted_result().to_json()
     del value["arms"]["candidate"]["blocks"][0]["samples"]
-    with pytest.raises(ArtifactError, match=r"the result lacks or mistypes a field; KeyError\('samples'\)"):
+    with pytest.raises(ArtifactError, match=r"the result lacks .*; arms\.candidate\.blocks\.0\.samples is missing"):
         BenchmarkResult.from_json(value)
     (tmp_path / "result.json").write_text('{"schema": "result/9"}')
     with pytest.raises(ArtifactError, match=r"schema 'result/9'; this version reads 'result/1' and 'result/2'"):

@@ -724,8 +724,9 @@ def test_a_certificate_survives_its_file(good: ParityReport, bad: ParityReport, 
         "cases",
         "reasons",
         "stands_in_for",
+        "digest",
     ]
-    assert (value["schema"], value["passed"]) == ("parity/1", False)
+    assert (value["schema"], value["passed"]) == ("parity/2", False)
 
 
 def test_a_verdict_can_be_worked_out_again_from_the_file_alone(bad: ParityReport, tmp_path: Path) -> None:
@@ -738,31 +739,57 @@ def test_a_verdict_can_be_worked_out_again_from_the_file_alone(bad: ParityReport
 
 
 def test_passed_is_worked_out_and_not_believed(bad: ParityReport, good: ParityReport) -> None:
-    assert not ParityReport.from_json({**bad.to_json(), "passed": True}).passed
-    assert not ParityReport.from_json({**bad.to_json(), "passed": True, "reasons": []}).passed
-    assert ParityReport.from_json({**good.to_json(), "passed": False}).passed
-    assert not ParityReport.from_json({**good.to_json(), "cases": []}).passed
+    """As the first schema had it, which knew no digest of itself."""
+    first_bad, first_good = ({**each.to_json(), "schema": "parity/1"} for each in (bad, good))
+    del first_bad["digest"], first_good["digest"]
+    assert not ParityReport.from_json({**first_bad, "passed": True}).passed
+    assert not ParityReport.from_json({**first_bad, "passed": True, "reasons": []}).passed
+    assert ParityReport.from_json({**first_good, "passed": False}).passed
+    assert not ParityReport.from_json({**first_good, "cases": []}).passed
+
+
+@pytest.mark.parametrize(
+    "change", [{"passed": False}, {"runner": "another"}, {"stands_in_for": "vllm"}, {"cases": []}, {"digest": "0" * 64}]
+)
+def test_a_certificate_that_was_changed_is_refused(good: ParityReport, change: dict[str, Any]) -> None:
+    assert ParityReport.from_json(good.to_json()) == good
+    with pytest.raises(ArtifactError, match="is not as it was written; its digest is of another content; verify the a"):
+        ParityReport.from_json({**good.to_json(), **change})
+
+
+def test_a_case_that_only_claims_to_have_passed_is_refused(bad: ParityReport) -> None:
+    claimed = [{**case, "passed": True} for case in bad.cases]
+    with pytest.raises(ArtifactError, match=r"contradicts itself; '.*' is said to have passed, and .*; verify the art"):
+        ParityReport.from_json({**bad.to_json(), "cases": claimed, "reasons": []})
+
+
+@pytest.mark.parametrize("name", ["kl_p99", "kl_max", "max_abs", "top1_stable"])
+def test_a_case_without_what_it_was_judged_by_is_refused(good: ParityReport, name: str) -> None:
+    first, *others = good.cases
+    less = {key: value for key, value in first["statistics"].items() if key != name}
+    with pytest.raises(ArtifactError, match="is said to have passed, and what it was judged by is incomplete"):
+        ParityReport.from_json({**good.to_json(), "cases": [{**first, "statistics": less}, *others]})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": "parity/2"}, "the certificate has schema 'parity/2'; this version reads 'parity/1'; verify again"),
-        ({"schema": None}, "the certificate has schema None; this version reads 'parity/1'; verify again"),
-        ({"cases": None}, "the certificate is malformed; cases is not a list; verify the artifact again"),
-        ({"format": 3}, "the certificate is malformed; format is not text; verify the artifact again"),
-        ({"thresholds": []}, "the certificate is malformed; thresholds is not a table; verify the artifact again"),
+        ({"schema": "parity/9"}, "the certificate has schema 'parity/9'; this version reads 'parity/2'; verify again"),
+        ({"schema": None}, "the certificate has schema None; this version reads 'parity/2'; verify again"),
+        ({"cases": None}, "the certificate lacks or mistypes a field; cases is None: "),
+        ({"format": 3}, "the certificate lacks or mistypes a field; format is 3: "),
+        ({"thresholds": []}, "the certificate lacks or mistypes a field; thresholds is []: "),
         ({"extra": 1}, "the certificate is malformed; extra is unknown; verify the artifact again"),
-        ({"reasons": [3]}, "the certificate is malformed; reasons are not all text; verify the artifact again"),
+        ({"reasons": [3]}, "the certificate lacks or mistypes a field; reasons.0 is 3: "),
         (
             {"cases": [{"name": "prompt 1", "passed": "yes"}]},
-            "the certificate is malformed; case 0 lacks a name, or passed is not true or false; verify the artifact "
-            "again",
+            "the certificate lacks or mistypes a field; cases.0.passed is 'yes': ",
         ),
         (
             {"noise_floor": {"max_abs": float("nan")}},
-            "the certificate is malformed; Out of range float values are not JSON compliant",
+            "the certificate lacks or mistypes a field; noise_floor.max_abs is nan: ",
         ),
+        ({"noise_floor": {}}, "the certificate contradicts itself; it lacks bounds or the noise they are over; "),
     ],
 )
 def test_a_malformed_certificate_is_refused_in_words(good: ParityReport, change: dict[str, Any], message: str) -> None:

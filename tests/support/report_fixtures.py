@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from sglp_bench.judge.compare import compare_results
 from sglp_bench.result import BenchmarkResult
+from sglp_deploy.parity.bounds import thresholds_for
 
 Json = dict[str, Any]
 
@@ -117,8 +119,15 @@ def parity_json(*, passed: bool = True, artifact_digest: str = digest("pruned"))
                     "n_stable": positions - 3,
                     "n_unstable": 3,
                 },
-                "worst": {"position": positions - 5, "token": 1201 + index, "max_abs": 4.81 if bad else 3.1e-5},
-                "greedy": {"tokens": 32, "equal_tokens": 3 if bad else 32},
+                "worst": {
+                    "row": 0,
+                    "phase": "prefill",
+                    "position": positions - 5,
+                    "token": 1201 + index,
+                    "max_abs": 4.81 if bad else 3.1e-5,
+                },
+                "last_position_max_abs": 0.0,
+                "greedy": {"tokens": 32, "equal_tokens": 3 if bad else 32, "departures": []},
             }
         )
     return {
@@ -130,8 +139,8 @@ def parity_json(*, passed: bool = True, artifact_digest: str = digest("pruned"))
         "precision": "fp32",
         "passed": passed,
         "reasons": [] if passed else ["left-padded-batch: KL of 0.92 nats at position 91 is above the threshold 1e-4"],
-        "thresholds": {"kl_p99": 1e-6, "kl_max": 1e-4, "top1_stable": 1.0},
-        "noise_floor": {"max_abs": 2.4e-5, "kl_max": 2.1e-10},
+        "thresholds": asdict(thresholds_for("fp32")),
+        "noise_floor": {"max_abs": 2.4e-5, "kl_p99": 7.1e-11, "kl_max": 2.1e-10},
         "cases": cases,
     }
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sglp_bench import shapes
 from sglp_bench.judge.accept import verdict
 from sglp_bench.judge.compare import VERSIONS as COMPARISON_VERSIONS
-from sglp_bench.judge.compare import Comparison
-from sglp_bench.report import wording as fmt
+from sglp_bench.judge.compare import Comparison, refuse_contradiction
 from sglp_bench.report.facts import Json, cards, measurement, missing, section
 from sglp_bench.result import VERSIONS as RESULT_VERSIONS
 from sglp_bench.result import BenchmarkResult
@@ -23,6 +24,7 @@ from sglp_deploy.artifact import MANIFEST
 from sglp_deploy.errors import ArtifactError
 from sglp_deploy.parity.certificate import ParityReport
 from sglp_deploy.plan import PruningPlan
+from sglp_deploy.shapes import files
 from sglp_deploy.tasks.quality_file import read_quality
 
 SCHEMA = "report/1"  # history: 1 = first
@@ -30,9 +32,14 @@ _VERSIONS = {
     "comparison": COMPARISON_VERSIONS,
     "result": RESULT_VERSIONS,
 }  # else: the first
-_READERS: Mapping[str, Callable[[Path], object]] = {"comparison": Comparison.load, "result": BenchmarkResult.load}
+_READERS: Mapping[str, Callable[[Json], object]] = {
+    "artifact": partial(
+        files.refuse_mistyped, files.Artifact, what="the manifest of an artifact", then="export it again"
+    ),
+    "comparison": Comparison.from_json,
+    "result": BenchmarkResult.from_json,
+}
 _OURS = ("artifact/", "parity/", "comparison/", "result/")
-_LISTS = ("artifacts", "parity", "measurements", "claims", "cards", "missing")
 
 
 class RunReport:
@@ -44,7 +51,7 @@ class RunReport:
     Args:
         plan: ``plan/3``, or an older one.
         artifacts: ``artifact/1`` each, or ``{"name", "manifest", "digest"}``.
-        parity: ``parity/1`` each.
+        parity: ``parity/2`` (or ``parity/1``) each.
         comparisons: ``comparison/2`` each (or ``comparison/1``); one that still has its raw samples brings them along.
         quality: ``quality/2`` (or ``quality/1``).
         results: ``result/2`` (or ``result/1``) by the name of the comparison, or in the same order.
@@ -122,10 +129,7 @@ class RunReport:
             ArtifactError: If the file is missing, is not JSON, is of an unknown schema, or lacks a section.
         """
         value = _io.read_json(Path(path), "report")
-        if wrong := [name for name in _LISTS if not isinstance(value.get(name), list)]:
-            raise ArtifactError(
-                f"{path} has no list under {fmt.words(wrong)}; it is not a whole report; make the report again"
-            )
+        shapes.refuse_mistyped(shapes.Report, value, str(path), "make the report again")
         report = cls.__new__(cls)
         report._value = value
         return report
@@ -134,8 +138,8 @@ class RunReport:
     def from_run_folder(cls, path: str | Path) -> RunReport:
         """Make the report of a run folder from its files alone; files that are not there are reported as not measured.
 
-        What can be worked out again is not believed: whether a certificate passed, and whether a file is the one its
-        stage wrote.
+        What can be worked out again is not believed: whether a certificate passed, what the raw samples give, and
+        whether a file is the one its stage wrote.
 
         Raises:
             ArtifactError: If the folder is missing, or a file in it is not what its name says, or was changed since the
@@ -144,8 +148,12 @@ class RunReport:
         root = Path(path)
         if not root.is_dir():
             raise ArtifactError(f"{root} is not a folder; a run folder was expected; check the path")
-        run = _optional(root / "run.json") or {}
+        run = _run_record(root / "run.json")
         _check_unchanged(root, run)
+        comparisons = _folder_of(root, "bench/*/comparison.json", "comparison")
+        results = _folder_of(root, "bench/*/result.json", "result")
+        for name in comparisons.keys() & results.keys():
+            refuse_contradiction(Comparison.from_json(comparisons[name]), BenchmarkResult.from_json(results[name]))
         return cls(
             plan=PruningPlan.load(root / "plan.json") if (root / "plan.json").is_file() else None,
             artifacts=_folder_of(root, "checkpoint/manifest.json", "artifact")
@@ -155,9 +163,9 @@ class RunReport:
                 for file in sorted((root / "parity").glob("*.json"))
                 if not _is_of_another_program(file)
             },
-            comparisons=_folder_of(root, "bench/*/comparison.json", "comparison"),
+            comparisons=comparisons,
             quality=read_quality(root / "quality.json") if (root / "quality.json").is_file() else None,
-            results=_folder_of(root, "bench/*/result.json", "result"),
+            results=results,
             provenance=_provenance(run),
             title=run.get("title"),
             checkpoint=run.get("checkpoint"),
@@ -214,23 +222,23 @@ def _title(value: Json) -> str:
     return f"{model}: {plan['n_layers']} to {len(plan['keep'])} layers" if plan.get("keep") else model
 
 
-def _optional(path: Path) -> Json | None:
+def _run_record(path: Path) -> Json:
     if not path.is_file():
-        return None
-    try:
-        value = _io.parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read as JSON; {error}; run the stage that makes it again") from error
-    return dict(value) if isinstance(value, dict) else None
+        return {}
+    value = _io.read_json(path, "run", (1, 2))
+    files.refuse_mistyped(files.Run, value, str(path), "run again")
+    return value
 
 
 def _folder_of(root: Path, pattern: str, kind: str) -> dict[str, Json]:
     versions = _VERSIONS.get(kind, (1,))
-    files = [file for file in sorted(root.glob(pattern)) if not _is_of_another_program(file)]
-    for file in files:
-        if kind in _READERS:
-            _READERS[kind](file)  # refuses what is not as it was written
-    return {file.parent.name: _io.read_json(file, kind, versions) for file in files}
+    found = {}
+    for file in sorted(root.glob(pattern)):
+        if not _is_of_another_program(file):
+            value = _io.read_json(file, kind, versions)
+            _READERS[kind](value)  # refuses what is not as it was written
+            found[file.parent.name] = value
+    return found
 
 
 def _check_unchanged(root: Path, run: Json) -> None:

@@ -88,7 +88,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_a_damaged_run_file_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ArtifactError, match=r"run\.json cannot be read as JSON; .*; run the stage that makes it again"):
+    with pytest.raises(ArtifactError, match=r"run\.json cannot be read as a run file; .*; make it again"):
         RunReport.from_run_folder(tmp_path)
 
 
@@ -100,6 +100,6 @@ def test_a_file_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_half_a_report_is_refused(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text('{"schema": "report/1", "cards": [], "claims": [], "missing": []}')
-    message = r"has no list under artifacts, parity and measurements; it is not a whole report; make the report again"
+    message = r"report\.json lacks or mistypes a field; title is missing; make the report again"
     with pytest.raises(ArtifactError, match=message):
         RunReport.load(tmp_path / "report.json")

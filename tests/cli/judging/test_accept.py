@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,17 +127,17 @@ def test_a_missed_limit_ends_a_run_with_its_own_code_and_only_the_report_is_made
 
 def test_failed_parity_keeps_its_own_code(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     from sglp_deploy.cli.outcome import outcome_of
+    from sglp_deploy.parity.certificate import ParityReport
     from sglp_deploy.plan import PruningPlan
 
-    passed = json.loads((run / "parity" / "onnx.json").read_text())
-    certificate = passed | {"passed": False, "reasons": ["planted"]}
-    (run / "parity" / "onnx.json").write_text(json.dumps(certificate))
+    passed = ParityReport.load(run / "parity" / "onnx.json")
+    replace(passed, reasons=("planted",)).save(run / "parity" / "onnx.json")
     value = json.loads((run / "run.json").read_text()) | {"accept": {"parity": "passed"}}
     value["stages"]["parity onnx"]["outputs"]["parity/onnx.json"] = _io.sha256_file(run / "parity" / "onnx.json")
     (run / "run.json").write_text(json.dumps(value))
     assert main(["report", str(run), "-q"]) == 0
     plan = PruningPlan.load(run / "plan.json")
     assert outcome_of(run, plan, {}).exit_code == Exit.PARITY
-    (run / "parity" / "onnx.json").write_text(json.dumps(passed))
+    passed.save(run / "parity" / "onnx.json")
     # The verdict is the report's; a format that failed says less than a limit that is missed.
     assert outcome_of(run, plan, {"export x": "it broke"}).exit_code == Exit.LIMIT

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from sglp_bench.judge.certificates import CERTIFICATE
 from sglp_deploy.artifact import ExportArtifact, write_manifest
+from sglp_deploy.parity.bounds import thresholds_for
 from sglp_deploy.parity.certificate import ParityReport
 
 VOCABULARY = 11
@@ -147,5 +149,18 @@ def fake_artifact(folder: Path, *, precision: str = "fp32", weight_bytes: int = 
 def certificate(artifact: ExportArtifact, *reasons: str) -> ParityReport:
     """A certificate of ``artifact``, failed where reasons are given; its one case was measured by nobody."""
     facts = {"format": "fake", "runner": "fake", "reference": "none", "precision": artifact.precision}
-    case = {"name": "planted", "passed": not reasons, "statistics": None}
-    return ParityReport(artifact.digest, **facts, thresholds={}, noise_floor={}, cases=(case,), reasons=reasons)
+    bounds = thresholds_for("fp32")
+    statistics = {"kl_p99": 0.0, "kl_max": 0.0, "max_abs": 0.0, "cosine_min": 1.0, "top1_stable": 1.0, "n_stable": 4}
+    case = {
+        "name": "planted",
+        "passed": not reasons,
+        "positions": 4,
+        "statistics": statistics,
+        "worst": {"row": 0, "phase": "prefill", "position": 0, "token": 0},
+        "last_position_max_abs": 0.0,
+        "greedy": {"tokens": 4, "equal_tokens": 4, "departures": []},
+    }
+    noise = dict.fromkeys(("max_abs", "kl_p99", "kl_max"), 0.0)
+    return ParityReport(
+        artifact.digest, **facts, thresholds=asdict(bounds), noise_floor=noise, cases=(case,), reasons=reasons
+    )

@@ -14,7 +14,7 @@ from sglp_bench.workloads.generate import Workload
 from sglp_bench.workloads.generate_samples import BlockSamples, WarmUp
 
 WORK = Workload("planted", prompt_tokens=10, decode_tokens=8, prefill_repeats=5, decode_repeats=3, cycles=4)
-ENVIRONMENT: dict[str, Any] = {key: f"some {key}" for key in COMPARABLE_KEYS} | {"cpus_usable": 2}
+ENVIRONMENT: dict[str, Any] = {key: f"some {key}" for key in COMPARABLE_KEYS} | {"cpus_usable": 2, "gpus": ["some gpu"]}
 
 
 def planted_result(

@@ -1,4 +1,4 @@
-"""Damaged files of ours, drawn from a seed: one place of a sound file changed, or its bytes."""
+"""Damaged files, drawn from a seed: one place of a sound file changed, or its bytes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,32 @@ def _changed(rng: random.Random, text: str) -> str:
     return json.dumps(value)
 
 
-def _bytes_changed(rng: random.Random, text: str) -> str:
+def text_damaged(seed: int, text: str) -> str:
+    """``text``, of any kind, with the damage of that number: cut, doubled, or one letter more."""
+    return _letters_changed(random.Random(seed), text)
+
+
+def bytes_damaged(seed: int, content: bytes) -> bytes:
+    """``content`` with the damage of that number: cut, doubled, bytes exchanged or put in; most near the start."""
+    rng = random.Random(seed)
+    near = rng.random() < 0.6
+    at = rng.randrange((min(len(content), 2048) if near else len(content)) + 1)
+    put = rng.choice((b"\x00", b"\xff" * 8, b"{", b'"', (2**63).to_bytes(8, "little"), b"\xef\xbb\xbf", b"9" * 40))
+    return rng.choice(
+        (
+            content[:at],
+            content[at:],
+            content[:at] + put + content[at:],
+            content[:at] + put + content[at + len(put) :],
+            content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :]
+            if at < len(content)
+            else content + content,
+            b"",
+        )
+    )
+
+
+def _letters_changed(rng: random.Random, text: str) -> str:
     at = rng.randrange(len(text) + 1)
     return rng.choice(
         (
@@ -65,5 +90,5 @@ def _bytes_changed(rng: random.Random, text: str) -> str:
 def damaged(seed: int, text: str) -> str:
     """``text``, JSON of ours, with the damage of that number."""
     rng = random.Random(seed)
-    how: Callable[[random.Random, str], str] = _bytes_changed if rng.random() < 0.15 else _changed
+    how: Callable[[random.Random, str], str] = _letters_changed if rng.random() < 0.15 else _changed
     return how(rng, text)
