@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -11,6 +12,13 @@ from typing import Final
 from sglp_deploy.errors import ConfigError
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but tab and newline
+
+_TILDE = re.compile(r"(^|[=:,])(~[\w.-]*)(?=$|[/,])")
+
+
+def at_home(words: str) -> str:
+    """``words`` with the home folder for each "~" that begins a path: at the start, or behind "=", ":" or ","."""
+    return _TILDE.sub(lambda found: found[1] + os.path.expanduser(found[2]), words)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:

@@ -55,7 +55,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -70,7 +69,7 @@ from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from sglp_bench.judge.accept import check_limits
-from sglp_deploy._names import unknown_name
+from sglp_deploy._names import at_home, unknown_name
 from sglp_deploy.cli.settings import DEFAULTS, MOVED, NO_REPAIR, SETTINGS, TYPES, Settings, tables
 from sglp_deploy.errors import ConfigError
 from sglp_deploy.healing.options import HealOptions, read_heal_options
@@ -83,7 +82,7 @@ _TABLES: Final = tables()
 
 # A name becomes a folder's, and "all" means another folder of a run.  The others are whose options are given too.
 _NAME = re.compile(r"(?!(?:all|plan|repair|heal)$)(?!.*(?:-baseline|-against-torch)$)[A-Za-z0-9][A-Za-z0-9._-]*")
-_PATHS = {"model", "output", "calibration", "text"}  # those in which "~" is the home folder
+_PATHS = {"model", "output", "calibration", "text", "heal_text", "tasks"}  # those in which "~" is the home folder
 _FORMAT = "format"  # the option that says which format is behind a name
 
 # What a flag may still mend: the value is judged when the flags are in.
@@ -275,7 +274,8 @@ class RunConfig(Settings):
             raise ConfigError(f"{file} is not TOML; {error}; correct that line") from error
         found, faults = _fields(content, file)
         for name in _PATHS & set(found):
-            found[name] = os.path.expanduser(found[name])
+            given = found[name]
+            found[name] = tuple(map(at_home, given)) if isinstance(given, tuple) else at_home(given)
         of_file = found.pop("options", {})
         options = {name: dict(given) for name, given in of_file.items() if name in changes.get("to", of_file)}
         for name, given in changes.pop("options", {}).items():

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from sglp_deploy import __version__
-from sglp_deploy._names import printable
+from sglp_deploy._names import at_home, printable
 from sglp_deploy.cli.exits import Exit
 from sglp_deploy.errors import ConfigError, IncomparableResultsError, ParityError, SGLPError
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser(given)
-    arguments = parser.parse_args([_at_home(word) for word in given])
+    arguments = parser.parse_args([at_home(word) for word in given])  # a shell leaves it behind "=", and in quotes
     from sglp_deploy.cli import flags
 
     flags.check(parser, arguments)
@@ -80,12 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 traceback.print_exc()
             return _report(error, arguments.verb)
-
-
-def _at_home(word: str) -> str:
-    """A path below "~" as it is meant; a shell leaves it so behind "=" and within quotes."""
-    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    return f"{flag}{equals}{os.path.expanduser(value)}" if value.startswith("~") else word
 
 
 def _report(error: BaseException, verb: str) -> int:

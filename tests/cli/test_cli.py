@@ -21,6 +21,7 @@ import cli_runs
 import tiny
 from bench_fakes import fake_artifact
 from sglp_deploy import __version__, _io
+from sglp_deploy._names import at_home
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.cli import session
 from sglp_deploy.cli.config import RunConfig
@@ -533,6 +534,33 @@ def test_a_tilde_is_the_home_folder_in_every_path(
     (tmp_path / "sglp.toml").write_text('[model]\npath = "~/model"\n[run]\noutput = "~/out"\n')
     config = RunConfig.load(tmp_path / "sglp.toml", drop=1, to=("onnx",))
     assert (config.model, config.output) == (str(tmp_path / "model"), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("~", "/home/me"),
+        ("~/a.jsonl,last-word:~/b", "/home/me/a.jsonl,last-word:/home/me/b"),
+        ("--option=plan.cache=~/c", "--option=plan.cache=/home/me/c"),
+        ("a~/b", "a~/b"),
+        ("roughly ~3", "roughly ~3"),
+    ],
+)
+def test_a_tilde_is_the_home_folder_where_a_path_begins(
+    words: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert at_home(words) == meant
+
+
+def test_a_tilde_is_the_home_folder_in_lists_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "sglp.toml").write_text(
+        '[model]\npath = "m"\n[heal]\ntokens = 9\ntext = ["~/a.txt", "written"]\n'
+        '[evaluate]\ntasks = ["last-word:~/b.txt"]\n'
+    )
+    config = RunConfig.load(tmp_path / "sglp.toml", drop=1, to=("onnx",))
+    assert (config.heal_text, config.tasks) == (("/home/me/a.txt", "written"), ("last-word:/home/me/b.txt",))
 
 
 def test_no_name_reaches_the_terminal_as_a_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sglp_deploy import _io, registry
 from sglp_deploy._names import unknown_name
@@ -29,6 +29,7 @@ from sglp_exporters.openvino.runner import (
     version,
 )
 from sglp_exporters.runners import stored_weights
+from sglp_exporters.runners.openvino_alone import load_openvino
 
 if TYPE_CHECKING:
     import openvino
@@ -140,15 +141,13 @@ def _precision(options: dict[str, Any], own: str) -> str:
 
 def _convert(folder: Path) -> openvino.Model:
     """The network of the ONNX in ``folder``, every input of which is really one."""
-    import openvino
-
     from sglp_exporters.onnx.passes import required_inputs
 
     # OpenVINO, too, takes an input that has a default for a constant: only the last position's logits would remain.
     required = folder / "required.onnx"
     required.write_bytes(required_inputs(folder / ONNX_FILE))
     try:
-        return openvino.Core().read_model(required)
+        return cast("openvino.Model", load_openvino().Core().read_model(required))
     except Exception as error:
         raise BackendError(
             f"OpenVINO {version()} cannot convert the graph; {reason(error)}; export to onnx and report the operator"
@@ -156,10 +155,8 @@ def _convert(folder: Path) -> openvino.Model:
 
 
 def _save(network: openvino.Model, folder: Path, *, compress: bool) -> None:
-    import openvino
-
     try:
-        openvino.save_model(network, folder / MODEL_FILE, compress_to_fp16=compress)
+        load_openvino().save_model(network, folder / MODEL_FILE, compress_to_fp16=compress)
     except Exception as error:
         if "iostream" not in str(error):
             raise BackendError(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sglp_deploy.artifact import PAST, PRESENT, ExportArtifact
 from sglp_deploy.errors import BackendError, ConfigError
 from sglp_exporters.onnx.runner import OPTIONAL_INPUT
+from sglp_exporters.runners.openvino_alone import load_openvino
 
 if TYPE_CHECKING:
     import openvino
@@ -67,9 +68,7 @@ class _Compiled:
         Raises:
             BackendError: If there is no such device, or OpenVINO refuses the network.
         """
-        import openvino
-
-        core = openvino.Core()
+        core = load_openvino().Core()
         # Its CPU plugin may otherwise compute in bf16 where the processor can; the bounds of parity mean float32.
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if self._threads is not None and self.device == "CPU":
@@ -146,8 +145,7 @@ class _Compiled:
 
     def feed(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, openvino.Tensor]:
         """``inputs`` as tensors of the types the network takes; it reinterprets bytes of any other."""
-        import openvino
-
+        openvino = load_openvino()
         tensors = {}
         for name, value in inputs.items():
             dtype = self.inputs[name].dtype if name in self.inputs else value.dtype

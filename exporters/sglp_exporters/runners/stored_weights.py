@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sglp_exporters.runners.openvino_alone import load_openvino
+
 if TYPE_CHECKING:
     from sglp_deploy.artifact import ExportArtifact
     from sglp_deploy.parity.diagnosis import StoredTensor
@@ -47,11 +49,9 @@ def of_onnx(artifact: ExportArtifact) -> Iterator[StoredTensor]:
 
 def of_openvino(artifact: ExportArtifact) -> Iterator[StoredTensor]:
     """The constants of the network, by the names OpenVINO keeps."""
-    import openvino
-
     from sglp_deploy.parity.diagnosis import StoredTensor
 
-    network = openvino.Core().read_model(artifact.path / "model.xml")
+    network = load_openvino().Core().read_model(artifact.path / "model.xml")
     for node in network.get_ops():
         if node.get_type_name() == "Constant":
             kind = node.get_element_type().get_type_name()

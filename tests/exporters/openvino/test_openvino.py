@@ -307,3 +307,36 @@ def test_a_worker_that_runs_it_does_not_load_torch(ir: ExportArtifact) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment(), cwd=ROOT
     )
     assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+# Whoever looks up a foreign name says so.
+_LISTENING = (
+    "import socket, sys\n"
+    "def asked(*what, **more):\n"
+    "    print('looked up', what[0])\n"
+    "    raise OSError('no network')\n"
+    "socket.getaddrinfo = asked\n"
+    "from sglp_exporters.runners.openvino_alone import load_openvino\n"
+    "openvino = load_openvino()\n"
+    "openvino.Core().available_devices\n"
+    "import openvino.tools.ovc.telemetry_utils as sender\n"
+    "import time; time.sleep(1)\n"
+    "print(sender.tm.__name__, 'openvino_telemetry' in sys.modules)\n"
+)
+
+
+@pytest.mark.parametrize(("track", "said"), [({}, "telemetry_stub False"), ({"DO_NOT_TRACK": "0"}, "_telemetry True")])
+def test_openvino_reports_its_use_to_nobody(track: dict[str, str], said: str, tmp_path: Path) -> None:
+    pytest.importorskip("openvino_telemetry", reason="needs openvino_telemetry, which comes with openvino")
+    # Continuous integration is one of the places in which the sender keeps still by itself.
+    alone = {"HOME": str(tmp_path), **dict.fromkeys(("CI", "TF_BUILD", "JENKINS_URL"), "")}
+    done = subprocess.run(
+        [sys.executable, "-c", _LISTENING],
+        env=environment(**alone, **track),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1].endswith(said)
+    assert ("looked up" in done.stdout) == bool(track)
