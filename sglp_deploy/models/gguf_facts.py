@@ -10,14 +10,19 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sglp_deploy.errors import UnsupportedModelError
 
+if TYPE_CHECKING:
+    from torch import nn
+
 _FACTORS: Final = "rope_freqs.weight"
+_BLOCK: Final = re.compile(r"blk\.(\d+)\.")
+_SHOWN: Final = 4  # names of tensors in a message
 # Keys behind the architecture's name that a model computes with, to the configuration's name for it and the value that
 # changes nothing.  What transformers does not read must agree with what it assumes.
 _NUMBERS: Final[Mapping[str, tuple[str, Any]]] = {
@@ -96,6 +101,41 @@ def beyond_transformers(file: Path, config: Any) -> tuple[tuple[str, ...], dict[
             "compute something else; give the checkpoint it was converted from"
         )
     return tuple(f"{family}.{name}" for name in sorted(left) if name not in mappings[plain]), changes
+
+
+def refuse_unread_tensors(file: Path, module: nn.Module) -> tuple[str, ...]:
+    """Hold the numbers in a GGUF file against those of the model that was made of it.
+
+    transformers passes over tensors that its configuration of the family has no place for: biases of attention, norms
+    of queries, factors of a long rotary scaling.  Its own report of what it read does not name them.  Whatever is
+    renamed, split or merged on the way, no number comes or goes; so the counts tell.
+
+    Returns:
+        Tensors of blocks that predict further tokens, which nothing here runs.
+
+    Raises:
+        UnsupportedModelError: If other numbers of the file are in no tensor of the model.
+    """
+    from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
+
+    reader = GGUFReader(str(file))
+    architecture = reader.fields.get("general.architecture")
+    family = str(architecture.contents()) if architecture else ""
+    depth = int(getattr(cast("Any", module).config.get_text_config(), "num_hidden_layers", 0) or 0)
+    sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors if tensor.name != _FACTORS}
+    further = tuple(name for name in sizes if (block := _BLOCK.match(name)) and int(block[1]) >= depth)
+    sizes = {name: size for name, size in sizes.items() if name not in further}
+    held = {tensor.data_ptr(): tensor.numel() for tensor in module.state_dict().values()}
+    if (more := sum(sizes.values()) - sum(held.values())) <= 0:
+        return further
+    known = next((get_tensor_name_map(arch, depth) for arch, name in MODEL_ARCH_NAMES.items() if name == family), None)
+    named = {known.get_name(name, (".weight", ".bias")) for name in module.state_dict()} if known else set()
+    unread = [name for name, size in sizes.items() if name not in named and size <= more]
+    what = ", ".join(unread[:_SHOWN]) + (f" and {len(unread) - _SHOWN} more" if unread[_SHOWN:] else "")
+    raise UnsupportedModelError(
+        f"{file} holds {more} numbers that are in no tensor of the model as transformers makes it"
+        f"{f' ({what})' if unread else ''}; it would compute something else; give the checkpoint it was converted from"
+    )
 
 
 def _scaling(file: Path, left: dict[str, Any]) -> dict[str, Any]:

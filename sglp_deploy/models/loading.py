@@ -20,7 +20,7 @@ from sglp_deploy._names import may_be_hub_id, unknown_name
 from sglp_deploy.artifact import ELEMENT_TYPES
 from sglp_deploy.errors import ConfigError, SGLPError, UnsupportedModelError
 from sglp_deploy.models.base import ModelSource
-from sglp_deploy.models.gguf_facts import beyond_transformers
+from sglp_deploy.models.gguf_facts import beyond_transformers, refuse_unread_tensors
 from sglp_deploy.models.library import adapter_for, adapter_of_folder
 from sglp_deploy.models.quiet import quiet_libraries
 from sglp_deploy.models.side_files import DEPTHS
@@ -154,6 +154,8 @@ def load_model(
         raise
     except Exception as error:
         raise _explained(model, path, error) from error
+    if gguf_file:
+        unread += refuse_unread_tensors(path, module)
     if unread:
         warnings.warn(f"{path.name}: not read, and taken to be without effect: {', '.join(unread)}", stacklevel=2)
     _check_complete(str(model), report, module)
