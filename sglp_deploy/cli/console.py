@@ -26,9 +26,15 @@ class Console:
         self._as_json = as_json
         self._bar: tqdm[Any] | None = None
         self._stage = ""
+        self._told_to_stop = False
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """Draw a bar for ``stage``; a new stage closes the old bar."""
+        """Draw a bar for ``stage``; a new stage closes the old bar.
+
+        Raises:
+            KeyboardInterrupt: If the command was told to stop.
+        """
+        self._stop_if_told()
         if self.quiet:
             return
         if stage != self._stage or self._bar is None:
@@ -43,10 +49,29 @@ class Console:
             self.close()
 
     def note(self, line: str) -> None:
-        """One line about what is going on, on standard error."""
+        """One line about what is going on, on standard error.
+
+        Raises:
+            KeyboardInterrupt: If the command was told to stop.
+        """
+        self._stop_if_told()
         if not self.quiet:
             self.close()
             print(printable(line), file=sys.stderr, flush=True)
+
+    def stop(self, *_signal: object) -> None:
+        """Unwind as Ctrl-C does; the handler of the signals that end a command.
+
+        An exception that a signal raises within a callback of a library is printed there and forgotten.  So it is
+        raised once more at the next thing that is said.
+        """
+        self._told_to_stop = True
+        raise KeyboardInterrupt
+
+    def _stop_if_told(self) -> None:
+        if self._told_to_stop:
+            self._told_to_stop = False  # once: what is said while things are cleared up must not end it
+            raise KeyboardInterrupt
 
     def warn(self, line: str) -> None:
         """One line a user should read even when quiet."""

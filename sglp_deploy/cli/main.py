@@ -16,7 +16,6 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from sglp_deploy import __version__
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sglp_deploy.cli.console import Console  # draws with tqdm, which --help does not need
 
     console = Console(quiet=arguments.quiet, as_json=arguments.json)
-    with _unwinding():
+    with _unwinding(console):
         try:
             verb: Verb = getattr(importlib.import_module("sglp_deploy.cli.verbs"), f"run_{arguments.verb}")
             return verb(arguments, console)
@@ -121,13 +120,15 @@ def _one_line(text: str) -> str:
 
 
 @contextmanager
-def _unwinding() -> Iterator[None]:
+def _unwinding(console: Console) -> Iterator[None]:
     """Let SIGTERM and SIGHUP unwind like Ctrl-C, so that half-made folders are removed and workers are stopped."""
     changed = {}
     if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
         for number in filter(None, (signal.SIGTERM, getattr(signal, "SIGHUP", None))):  # Windows has no SIGHUP
             if signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored, and that stays
-                changed[number] = signal.signal(number, _terminate)
+                changed[number] = signal.signal(number, console.stop)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            changed[signal.SIGINT] = signal.signal(signal.SIGINT, console.stop)
     try:
         yield
     finally:
@@ -154,10 +155,6 @@ def build_parser(given: Collection[str] | None = None) -> argparse.ArgumentParse
 
             flags.add(name, verb)
     return parser
-
-
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _say(line: str) -> None:

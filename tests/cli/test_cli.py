@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -729,6 +730,25 @@ def test_a_job_manager_s_signal_unwinds_like_ctrl_c_and_handlers_are_put_back(
     before = signal.getsignal(number)
     assert main(["show", "x"]) == 130
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("say", ["note", "progress"])
+def test_a_signal_that_a_library_swallows_is_heard_at_the_next_word(
+    number: signal.Signals, say: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def stopped(arguments: Any, console: Console) -> int:
+        with suppress(KeyboardInterrupt):  # as a callback of a library does
+            signal.raise_signal(number)
+        said.append("went on")
+        console.note("next stage") if say == "note" else console.progress("stage", 1, 2)
+        raise AssertionError("nobody heard it")
+
+    monkeypatch.setattr("sglp_deploy.cli.verbs.run_show", stopped)
+    assert main(["show", "x", "-q"]) == 130
+    assert said == ["went on"]
 
 
 # ------------------------------------------------------------------------------------------------------- no connection
