@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _WHOLE_NUMBERS = ("int8", "uint8", "int4", "uint4")
 # Of the elements.  The embedding may stay wide, and two values of 4 bits may count as one of 8: Gemma-3 270M has 0.23.
 _LEAST_QUANTISED = 0.1
+# Bytes a quantised weight: 0.54 to 0.60 of int4 in blocks of 32, with some matrices in 8 bits; 1.03 and more of int8.
+_FEWEST_OF_8_BITS = 0.9
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
 _TORCH: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ELEMENT_TYPES.values()}
 _MOST_NAMED = 3
 _PROMPT = 6  # within every window, so that a cache that forgets has forgotten nothing
@@ -56,10 +59,15 @@ class StoredTensor:
         return int(np.prod(self.shape, dtype=np.int64))
 
 
-def stored_type_fault(precision: str, stored: Iterable[StoredTensor]) -> str | None:
+def stored_type_fault(precision: str, stored: Iterable[StoredTensor], model: nn.Module | None = None) -> str | None:
     """What is wrong with the types of the stored weights for an artifact of this precision, or None.
 
     The bounds of a certificate follow the precision the manifest names, so a wrong name would loosen them.
+
+    Args:
+        precision: What the manifest says.
+        stored: The weights as they lie in the files.
+        model: The pruned model; tells weights of 4 bits, two in a byte, from those of 8.
     """
     amounts: dict[str, int] = {}
     largest: dict[str, StoredTensor] = {}
@@ -80,7 +88,27 @@ def stored_type_fault(precision: str, stored: Iterable[StoredTensor]) -> str | N
         if whole < _LEAST_QUANTISED * max(1, whole + sum(floats.values())):
             most = max(floats, key=lambda kind: floats[kind], default="nothing")
             return f"wrong dtype: the weights are stored as {most}, and the manifest says {precision}"
+        in_bytes = {kind: largest[kind].elements for kind in ("int8", "uint8") if kind in amounts}
+        values = _most_quantised(model, sum(floats.values()), max(in_bytes.values(), default=0)) if model else 0
+        if precision == "int4" and values and sum(amounts[kind] for kind in in_bytes) > _FEWEST_OF_8_BITS * values:
+            return "wrong dtype: the weights are stored in 8 bits each, and the manifest says int4"
     return None
+
+
+def stored_bytes(stored: Iterable[StoredTensor]) -> int:
+    """Bytes that the tensors take whose types are known here; at least."""
+    return sum(tensor.elements * _BYTES[tensor.dtype] for tensor in stored if tensor.dtype in _BYTES)
+
+
+def _most_quantised(model: nn.Module, floating: int, largest: int) -> int:
+    """How many values can be stored as whole numbers, given how many are not, and the size of the largest that is.
+
+    A head that is tied may be stored both ways: as the table, and quantised.
+    """
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    twice = len(names) > len(sizes) and largest > 0.45 * max(sizes)
+    return sum(sizes) if twice else max(0, sum(sizes) - floating)
 
 
 def weight_faults(model: nn.Module, stored: Iterable[StoredTensor]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,14 @@ from sglp_deploy.overlay import OVERLAY_FILE
 from sglp_deploy.parity.cache import check_cache_layout
 from sglp_deploy.parity.certificate import ParityReport
 from sglp_deploy.parity.decoder import check_parity, prompt_cases
-from sglp_deploy.parity.diagnosis import cache_faults, read_stored, stored_type_fault, weight_faults
+from sglp_deploy.parity.diagnosis import (
+    StoredTensor,
+    cache_faults,
+    read_stored,
+    stored_bytes,
+    stored_type_fault,
+    weight_faults,
+)
 from sglp_deploy.parity.forward import check_forward_parity, forward_cases
 from sglp_deploy.parity.reference import TorchRunner
 from sglp_deploy.plan import PruningPlan
@@ -189,8 +196,8 @@ def verify_artifact(
                 artifact, runner, reference, cases, runner_name=_name(artifact, runner), **facts
             )
     stored = read_stored(exporter, artifact)  # after the runtime, which says more of files that cannot be read
-    faults += _false_facts(artifact, pruned)
-    if wrong_type := stored_type_fault(artifact.precision, stored):
+    faults += _false_facts(artifact, pruned, stored)
+    if wrong_type := stored_type_fault(artifact.precision, stored, pruned.module):
         faults.insert(0, wrong_type)
     if not report.passed:
         faults += weight_faults(pruned.module, stored)
@@ -199,7 +206,7 @@ def verify_artifact(
     return replace(report, reasons=(*report.reasons, *faults), stands_in_for=stands_in_for)
 
 
-def _false_facts(artifact: ExportArtifact, pruned: CompressedModel) -> list[str]:
+def _false_facts(artifact: ExportArtifact, pruned: CompressedModel, stored: Sequence[StoredTensor]) -> list[str]:
     """What the manifest says of the model and is not so; benchmarks and reports quote it."""
     faults = []
     if artifact.n_layers != pruned.n_layers:
@@ -211,6 +218,8 @@ def _false_facts(artifact: ExportArtifact, pruned: CompressedModel) -> list[str]
     least, most = (sum(weights), sum(weights)) if weights else (0, artifact.total_bytes)
     if not least <= artifact.weight_bytes <= most:
         faults.append(f"the manifest says {artifact.weight_bytes} bytes of weights, the files hold {most}")
+    elif artifact.weight_bytes < (tensors := stored_bytes(stored)):
+        faults.append(f"the manifest says {artifact.weight_bytes} bytes of weights, the stored tensors take {tensors}")
     return faults
 
 

@@ -123,6 +123,22 @@ def test_quantised_weights_must_be_whole_numbers(precision: str) -> None:
     assert stored_type_fault(precision, [table, stored("q", np.zeros(64, np.uint8))]) is None
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("per_value", "fault"), [(1.03, True), (0.6, False), (0.54, False)])
+def test_weights_of_8_bits_do_not_pass_for_4(tied: bool, per_value: float, fault: bool) -> None:
+    model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 64, bias=False), nn.Linear(8, 100, bias=False))
+    if tied:
+        model[2].weight = model[0].weight
+    # The table stays wide; the head is quantised, tied or not.
+    tensors = [stored("table", np.zeros((100, 8), np.float32))]
+    for name, size in (("middle", 512), ("head", 800)):
+        tensors.append(stored(name, np.zeros(int(per_value * size), np.uint8)))
+    said = stored_type_fault("int4", tensors, model)
+    assert (said == "wrong dtype: the weights are stored in 8 bits each, and the manifest says int4") == fault
+    assert said is None or fault
+    assert stored_type_fault("int8", tensors, model) is None
+
+
 def test_a_format_that_lists_no_weights_is_not_accused(tmp_path: Path) -> None:
     assert read_stored(object(), fake_artifact(tmp_path / "a")) == []
     assert stored_type_fault("fp32", []) is None

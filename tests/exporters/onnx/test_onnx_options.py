@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,26 @@ def test_a_table_tied_to_the_output_head_is_stored_once_in_8_bits(made: Made, pr
     assert not any(
         value.const_value.size >= 261 * 64 for value in graph.initializers.values() if value.dtype.is_floating_point()
     )
+
+
+@pytest.mark.parametrize(
+    ("made_as", "change", "reason"),
+    [
+        (
+            "int8",
+            {"precision": "int4"},
+            "wrong dtype: the weights are stored in 8 bits each, and the manifest says int4",
+        ),
+        ("fp32", {"weight_bytes": 200_000}, "the manifest says 200000 bytes of weights, the stored tensors take "),
+    ],
+)
+def test_no_fact_of_a_manifest_loosens_what_the_tensors_show(
+    made: Made, made_as: str, change: dict[str, Any], reason: str
+) -> None:
+    claimed = replace(made.artifacts[made_as], **change)
+    report = made.compressor.verify(claimed, threads=1)
+    assert not report.passed
+    assert any(each.startswith(reason) for each in report.reasons), report.reasons
 
 
 def test_a_mixture_keeps_8_bits_where_every_third_layer_has_more_inputs_than_outputs(
