@@ -138,6 +138,7 @@ def load_model(
             if gguf_file:  # its reader draws a bar on stderr with plain tqdm, which no setting turns off
                 stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             config = transformers.AutoConfig.from_pretrained(location, **options)
+            quantised = gguf_file is not None or getattr(config, "quantization_config", None) is not None
             if gguf_file:
                 unread, changes = beyond_transformers(path, config)
                 if changes:
@@ -159,6 +160,9 @@ def load_model(
     if unread:
         warnings.warn(f"{path.name}: not read, and taken to be without effect: {', '.join(unread)}", stacklevel=2)
     _check_complete(str(model), report, module)
+    if getattr(module, "hf_quantizer", None) is None and quantised:
+        # Dequantised while it was read.  Written by the names it was read by, its tensors would pass for quantised.
+        vars(module).pop("_weight_conversions", None)
     # Left by the GGUF reader: a path of this machine, which would travel into every checkpoint written.
     vars(module.config).pop("_model_name_or_path", None)
     module = module.to(device).eval()

@@ -16,6 +16,8 @@ from transformers import (
     BertForSequenceClassification,
     Exaone4Config,
     GPT2Config,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForSequenceClassification,
     PretrainedConfig,
@@ -208,3 +210,37 @@ def test_a_sample_ends_where_the_learned_positions_do(tmp_path: Path) -> None:
     made = Compressor.from_pretrained(_write(tmp_path / "m", GPT2Config(**facts)))
     rows = greedy_sample(made.model, made.tokenizer, 48, prompts=["The mill", "The miller " * 20])
     assert [row["n_tokens"] for row in rows] == [40 - len(made.tokenizer("The mill")["input_ids"]), 1]
+
+
+def _in_mxfp4(folder: Path) -> Path:
+    """A tiny gpt-oss as it is published: experts in blocks of 4 bit numbers, everything else in bfloat16."""
+    facts = {"vocab_size": tiny.VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4}
+    facts |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2}
+    torch.manual_seed(0)
+    module = GptOssForCausalLM(GptOssConfig(**facts, num_experts_per_tok=1, sliding_window=8, pad_token_id=256))
+    module.to(torch.bfloat16).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        shape = (experts, outputs, inputs // 32)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.full(shape, 122, dtype=torch.uint8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_checkpoint_that_is_dequantised_while_it_is_read_is_written_plainly(tmp_path: Path) -> None:
+    compressor = Compressor.from_pretrained(_in_mxfp4(tmp_path / "m"))
+    experts = "model.layers.3.mlp.experts.down_proj"
+    before = compressor.model.get_parameter(experts)
+    compressor.save(compressor.plan_by_hand([1, 2]), tmp_path / "smaller")
+    config = json.loads((tmp_path / "smaller" / "config.json").read_text())
+    assert "quantization_config" not in config
+    again = load_model(tmp_path / "smaller").module
+    assert torch.equal(again.get_parameter(experts.replace("3", "1")), before)
