@@ -13,7 +13,7 @@ from sglp_deploy.errors import ConfigError
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but tab and newline
 
-_TILDE = re.compile(r"(^|[=:,])(~[\w.-]*)(?=$|[/,])")
+_TILDE = re.compile(r"(^|[=:,])(~[\w.-]*)(?=$|[/\\,])")
 
 
 def at_home(words: str) -> str:

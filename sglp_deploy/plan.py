@@ -158,9 +158,18 @@ class PruningPlan:
         """Write ``plan.json`` atomically; the overlay is a file of its own (:meth:`save_overlay`).
 
         Raises:
+            PlanError: If it could not be read back, because a planner or repair recorded what no reader expects.
             StorageError: If it cannot be written; an older file stays as it was.
         """
-        _io.write_json(Path(path), self.to_json())
+        value = self.to_json()
+        try:
+            self.from_json(value)
+        except ArtifactError as error:
+            raise PlanError(
+                f"the plan cannot be written so that it can be read back; {error}; what made it ({self.method}, or its "
+                "repair) recorded a fact of another kind; report it to its author"
+            ) from error
+        _io.write_json(Path(path), value)
 
     def save_overlay(self, folder: str | Path) -> Path | None:
         """Write ``overlay.safetensors`` into ``folder``, where the plan changes weights; returns its path.

@@ -12,8 +12,9 @@ from sglp_deploy.shapes.strict import Count, Number, Shape, refuse_mistyped
 __all__ = ["Comparison", "Report", "Result", "Shape", "refuse_mistyped"]
 
 
-_Ratio = Annotated[Number, Field(gt=1e-9, lt=1e9)]
-_Share = Annotated[Number, Field(gt=-1e9, lt=1e9)]
+# What can be drawn and added up; a stall in one of two pairs makes an interval of many powers of ten.
+_Ratio = Annotated[Number, Field(gt=1e-60, lt=1e60)]
+_Share = Annotated[Number, Field(gt=-1e60, lt=1e60)]
 _Level = Annotated[Number, Field(gt=0, lt=1e18)]  # seconds, tokens a second, bytes
 _Ratios = Annotated[Sequence[_Ratio], Field(min_length=2, max_length=2)]
 
@@ -45,9 +46,29 @@ class _Artifact(Shape):
     certificate: _Certification | None = None
 
 
+class _MeasuredArtifact(_Artifact):
+    """What results are compared by is always there."""
+
+    format: str
+    precision: str
+    model_fingerprint: str | None
+    weight_bytes: Count
+    artifact_bytes: Count
+
+
 class _Environment(Shape):
     cpu_model: str | None = None
     gpus: Sequence[str] | None = None
+    cpus_usable: Count | None = None
+
+
+class _Moment(Shape):
+    load_average_1min: Number | None = None
+
+
+class _Conditions(Shape):
+    start: _Moment | None = None
+    end: _Moment | None = None
 
 
 class _Block(Shape):
@@ -57,11 +78,11 @@ class _Block(Shape):
     load_s: Number
     samples: Mapping[str, Any]  # the workload's own, which reads and checks them
     warm_up: Mapping[str, Any]
-    conditions: Mapping[str, Any]
+    conditions: _Conditions
 
 
 class _MeasuredArm(Shape):
-    artifact: _Artifact
+    artifact: _MeasuredArtifact
     blocks: Sequence[_Block]
     memory: Mapping[str, _Reading]
 

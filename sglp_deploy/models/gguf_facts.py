@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _FACTORS: Final = "rope_freqs.weight"
+_TABLE: Final = "token_embd.weight"
+_HEAD: Final = "output.weight"
 _BLOCK: Final = re.compile(r"blk\.(\d+)\.")
 _SHOWN: Final = 4  # names of tensors in a message
 # Keys behind the architecture's name that a model computes with, to the configuration's name for it and the value that
@@ -125,17 +127,28 @@ def refuse_unread_tensors(file: Path, module: nn.Module) -> tuple[str, ...]:
     sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors if tensor.name != _FACTORS}
     further = tuple(name for name in sizes if (block := _BLOCK.match(name)) and int(block[1]) >= depth)
     sizes = {name: size for name, size in sizes.items() if name not in further}
+    tied = bool(getattr(cast("Any", module).config.get_text_config(), "tie_word_embeddings", False))
+    if tied and _HEAD in sizes and _same_values(reader, _HEAD, _TABLE):
+        del sizes[_HEAD]  # BLOOM's converter writes the table twice
     held = {tensor.data_ptr(): tensor.numel() for tensor in module.state_dict().values()}
     if (more := sum(sizes.values()) - sum(held.values())) <= 0:
         return further
     known = next((get_tensor_name_map(arch, depth) for arch, name in MODEL_ARCH_NAMES.items() if name == family), None)
     named = {known.get_name(name, (".weight", ".bias")) for name in module.state_dict()} if known else set()
-    unread = [name for name, size in sizes.items() if name not in named and size <= more]
+    unread = [name for name, size in sizes.items() if (name not in named or (tied and name == _HEAD)) and size <= more]
     what = ", ".join(unread[:_SHOWN]) + (f" and {len(unread) - _SHOWN} more" if unread[_SHOWN:] else "")
     raise UnsupportedModelError(
         f"{file} holds {more} numbers that are in no tensor of the model as transformers makes it"
         f"{f' ({what})' if unread else ''}; it would compute something else; give the checkpoint it was converted from"
     )
+
+
+def _same_values(reader: Any, one: str, other: str) -> bool:
+    """Whether two tensors of a GGUF file hold the same numbers, in whatever type."""
+    from gguf.quants import dequantize
+
+    found = [dequantize(each.data, each.tensor_type) for each in reader.tensors if each.name in (one, other)]
+    return len(found) == 2 and found[0].shape == found[1].shape and bool(np.array_equal(*found))
 
 
 def _scaling(file: Path, left: dict[str, Any]) -> dict[str, Any]:

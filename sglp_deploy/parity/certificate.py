@@ -160,7 +160,10 @@ class ParityReport:
 
         files.refuse_mistyped(files.Certificate, value, "the certificate", "verify the artifact again")
         facts = {name: value[name] for name in names & given}
-        report = cls(**{**facts, "cases": tuple(facts["cases"]), "reasons": tuple(facts["reasons"])})
+        try:
+            report = cls(**{**facts, "cases": tuple(facts["cases"]), "reasons": tuple(facts["reasons"])})
+        except ValueError as error:  # NaN where nobody reads, which Python's reader of JSON lets through
+            raise ArtifactError(f"the certificate is malformed; {error}; verify the artifact again") from None
         if fault := report._contradiction():
             raise ArtifactError(f"the certificate contradicts itself; {fault}; verify the artifact again")
         if digested and value.get("digest") != _io.sha256_json({k: v for k, v in value.items() if k != "digest"}):

@@ -29,6 +29,7 @@ _WHOLE_NUMBERS = ("int8", "uint8", "int4", "uint4")
 _LEAST_QUANTISED = 0.1
 # Bytes a quantised weight: 0.54 to 0.60 of int4 in blocks of 32, with some matrices in 8 bits; 1.03 and more of int8.
 _FEWEST_OF_8_BITS = 0.9
+_MOST_OF_A_TABLE = 1.05  # scales and zeros beside the values
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
 _TORCH: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ELEMENT_TYPES.values()}
 _MOST_NAMED = 3
@@ -90,14 +91,29 @@ def stored_type_fault(precision: str, stored: Iterable[StoredTensor], model: nn.
             return f"wrong dtype: the weights are stored as {most}, and the manifest says {precision}"
         in_bytes = {kind: largest[kind].elements for kind in ("int8", "uint8") if kind in amounts}
         values = _most_quantised(model, sum(floats.values()), max(in_bytes.values(), default=0)) if model else 0
-        if precision == "int4" and values and sum(amounts[kind] for kind in in_bytes) > _FEWEST_OF_8_BITS * values:
+        # A table of tokens, and a head that is one with it, may have 8 bits in a file of 4.
+        table = max((parameter.numel() for parameter in model.parameters()), default=0) if model else 0
+        limit = _FEWEST_OF_8_BITS * max(0, values - table) + _MOST_OF_A_TABLE * min(table, values)
+        if precision == "int4" and values and sum(amounts[kind] for kind in in_bytes) > limit:
             return "wrong dtype: the weights are stored in 8 bits each, and the manifest says int4"
     return None
 
 
-def stored_bytes(stored: Iterable[StoredTensor]) -> int:
-    """Bytes that the tensors take whose types are known here; at least."""
-    return sum(tensor.elements * _BYTES[tensor.dtype] for tensor in stored if tensor.dtype in _BYTES)
+def stored_bytes(stored: Iterable[StoredTensor], *, once: bool = False) -> int:
+    """Bytes that the tensors take whose types are known here; at least.
+
+    Args:
+        stored: The weights as they lie in the files.
+        once: Read them, and count equal ones once, as a file may hold them.
+    """
+    known = [tensor for tensor in stored if tensor.dtype in _BYTES]
+    sizes = [tensor.elements * _BYTES[tensor.dtype] for tensor in known]
+    if not once:
+        return sum(sizes)
+    contents = (
+        (tensor.dtype, tensor.shape, sha256(np.ascontiguousarray(tensor.read()).tobytes()).digest()) for tensor in known
+    )
+    return sum(dict(zip(contents, sizes, strict=True)).values())
 
 
 def _most_quantised(model: nn.Module, floating: int, largest: int) -> int:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -532,3 +533,11 @@ def test_planning_loads_neither_torch_nor_transformers() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("changes", [{"elapsed_s": {"search": {}}}, {"seed": "zero"}, {"quota": 3}])
+def test_what_could_not_be_read_back_is_not_written(changes: dict[str, Any], tmp_path: Path) -> None:
+    plan = replace(PruningPlan.from_json(json.loads(LITERAL)), **changes)
+    with pytest.raises(PlanError, match=r"cannot be written so that it can be read back; .*; report it to its author"):
+        plan.save(tmp_path / "plan.json")
+    assert list(tmp_path.iterdir()) == []

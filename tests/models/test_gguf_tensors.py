@@ -12,6 +12,7 @@ import gguf_files
 import tiny
 from sglp_deploy.errors import UnsupportedModelError
 from sglp_deploy.models import load_model
+from sglp_deploy.models.gguf_facts import refuse_unread_tensors
 
 
 def _file(folder: Path, more: dict[str, torch.Tensor]) -> Path:
@@ -53,3 +54,14 @@ def test_blocks_that_predict_further_tokens_are_named(tmp_path: Path) -> None:
     name = "blk.6.nextn.eh_proj.weight"
     with pytest.warns(UserWarning, match=f"not read, and taken to be without effect: .*{name}"):
         load_model(_file(tmp_path, {name: torch.ones(8)}))
+
+
+def test_a_table_written_twice_counts_once_and_another_head_is_refused(tmp_path: Path) -> None:
+    """As BLOOM's converter does it; transformers ties such a model whatever the file holds."""
+    module = tiny.model("llama")
+    table = module.get_input_embeddings().weight.detach()
+    (tmp_path / "twice").mkdir()
+    (tmp_path / "other").mkdir()
+    assert refuse_unread_tensors(_file(tmp_path / "twice", {"output.weight": table}), module) == ()
+    with pytest.raises(UnsupportedModelError, match=r"in no tensor of the model .*\(output\.weight\); it would"):
+        refuse_unread_tensors(_file(tmp_path / "other", {"output.weight": table + 1}), module)

@@ -17,7 +17,14 @@ import tiny
 from bench_fakes import fake_artifact
 from sglp_deploy.artifact import ExportArtifact
 from sglp_deploy.errors import BackendError
-from sglp_deploy.parity.diagnosis import StoredTensor, cache_faults, read_stored, stored_type_fault, weight_faults
+from sglp_deploy.parity.diagnosis import (
+    StoredTensor,
+    cache_faults,
+    read_stored,
+    stored_bytes,
+    stored_type_fault,
+    weight_faults,
+)
 
 
 def stored(name: str, value: NDArray[Any], dtype: str | None = None) -> StoredTensor:
@@ -137,6 +144,20 @@ def test_weights_of_8_bits_do_not_pass_for_4(tied: bool, per_value: float, fault
     assert (said == "wrong dtype: the weights are stored in 8 bits each, and the manifest says int4") == fault
     assert said is None or fault
     assert stored_type_fault("int8", tensors, model) is None
+
+
+def test_equal_tensors_count_once_where_a_file_holds_them_once() -> None:
+    ones, others = np.ones(2048, np.float32), np.arange(2048, dtype=np.float32)
+    tensors = [stored("a", ones), stored("b", ones), stored("c", others), stored("odd", ones, "complex64")]
+    assert stored_bytes(tensors) == 3 * 8192
+    assert stored_bytes(tensors, once=True) == 2 * 8192
+
+
+def test_a_table_of_8_bits_is_part_of_int4() -> None:
+    model = nn.Sequential(nn.Embedding(1000, 8), nn.Linear(8, 16, bias=False), nn.Linear(8, 1000, bias=False))
+    model[2].weight = model[0].weight
+    tensors = [stored("table", np.zeros(8000, np.uint8)), stored("scales", np.zeros(250, np.uint8))]
+    assert stored_type_fault("int4", [*tensors, stored("middle", np.zeros(70, np.uint8))], model) is None
 
 
 def test_a_format_that_lists_no_weights_is_not_accused(tmp_path: Path) -> None:

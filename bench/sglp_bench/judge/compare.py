@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any
 from sglp_bench.devices.environment import differing_keys
 from sglp_bench.judge.ceiling import fraction_of_ceiling, gain_fraction
 from sglp_bench.judge.certificates import unverified_note
-from sglp_bench.judge.ratio import Control, MetricComparison, Sides, compare_bytes, compare_times
+from sglp_bench.judge.ratio import MetricComparison, Sides, compare_bytes, compare_times
 from sglp_bench.metrics.registry import MEMORY_METRICS, TIME_METRICS
 from sglp_bench.result import BenchmarkResult, summarise_arm
 from sglp_bench.workloads.kinds import workload_from_json
 from sglp_bench.workloads.protocol import BenchmarkWorkload
 from sglp_deploy import _io
-from sglp_deploy.errors import ArtifactError, ConfigError, IncomparableResultsError
+from sglp_deploy.errors import ArtifactError, BenchmarkError, ConfigError, IncomparableResultsError
 
 SCHEMA = "comparison/2"  # history: 1 = first; 2 = the workload's kind, the device
 VERSIONS = (1, 2)  # those that are read
@@ -166,6 +165,11 @@ def compare_results(
     different = _differences(sides)
     if forbidden := [key for key in different if key not in allow]:
         raise IncomparableResultsError(forbidden)
+    if sides.paired and not sides.pairs:
+        raise BenchmarkError(
+            f"no block of {baseline!r} and {candidate!r} was measured in the same half of the same cycle; their ratio "
+            "would be one of two machines' moods; measure them again, interleaved"
+        )
     metrics = {
         name: compare_times(metric, sides, resamples=resamples, seed=seed)
         for name, metric in TIME_METRICS.items()
@@ -194,53 +198,6 @@ def compare_results(
         device=result.device,
         result=result if sides.paired else None,
     )
-
-
-def refuse_contradiction(comparison: Comparison, result: BenchmarkResult) -> None:
-    """Hold a comparison that was read from a file against the raw samples it was made from.
-
-    Args:
-        comparison: Of two arms of ``result``; another one is not judged.
-        result: The raw samples.
-
-    Raises:
-        ArtifactError: If they give another figure.
-        IncomparableResultsError: If they give none.
-    """
-    if not comparison.paired or not {comparison.baseline, comparison.candidate} <= set(result.arms):
-        return
-    # The bootstrap is a second view that no verdict rests on, and the only part that takes time.
-    again = compare_results(
-        result, baseline=comparison.baseline, candidate=comparison.candidate, allow=("precision",), resamples=2
-    )
-    for name, metric in comparison.metrics.items():
-        found = again.metrics.get(name)
-        for key in _FROM_SAMPLES:
-            said, is_so = getattr(metric, key), None if found is None else getattr(found, key)
-            if not _is_close(said, is_so):
-                raise ArtifactError(
-                    f"the comparison says {key.replace('_', ' ')} {said} of {name}, and its raw samples give {is_so}; "
-                    "one of the two files was changed; measure again"
-                )
-    if _io.plain(comparison.arms) != _io.plain(again.arms):
-        raise ArtifactError(
-            "the comparison says other things of its artifacts than its raw result; one of the two files was changed; "
-            "measure again"
-        )
-
-
-_FROM_SAMPLES = ("ratio", "interval", "baseline", "candidate", "pair_ratios", "control", "resolved", "verdict")
-
-
-def _is_close(one: Any, other: Any) -> bool:
-    """Equal but for the last digits, which another release of numpy may round otherwise."""
-    if isinstance(one, Control) and isinstance(other, Control):
-        return _is_close(tuple(asdict(one).values()), tuple(asdict(other).values()))
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        return len(one) == len(other) and all(map(_is_close, one, other))
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-12)
-    return bool(one == other)
 
 
 def _only_candidate(result: BenchmarkResult) -> str:

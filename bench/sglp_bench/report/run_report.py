@@ -15,7 +15,8 @@ from typing import Any
 from sglp_bench import shapes
 from sglp_bench.judge.accept import verdict
 from sglp_bench.judge.compare import VERSIONS as COMPARISON_VERSIONS
-from sglp_bench.judge.compare import Comparison, refuse_contradiction
+from sglp_bench.judge.compare import Comparison
+from sglp_bench.judge.consistent import refuse_contradiction
 from sglp_bench.report.facts import Json, cards, measurement, missing, section
 from sglp_bench.result import VERSIONS as RESULT_VERSIONS
 from sglp_bench.result import BenchmarkResult
