@@ -9,6 +9,7 @@ Nothing here may import torch: a benchmark's worker comes this way, and its memo
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -176,8 +177,11 @@ def _interface(folder: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, 
 
 
 def _weight_bytes(folder: Path) -> int:
-    beside = sum(file.stat().st_size for file in folder.glob(f"{MODEL_FILE}_data*"))
-    return beside or (folder / MODEL_FILE).stat().st_size
+    """Of the graph's initializers, whichever file they lie in."""
+    import onnx
+
+    kept = onnx.load(str(folder / MODEL_FILE), load_external_data=False).graph.initializer
+    return sum(math.prod(each.dims) * onnx.helper.tensor_dtype_to_np_dtype(each.data_type).itemsize for each in kept)
 
 
 def _check_own_class(artifact: ExportArtifact, worker: Worker, vocabulary: int) -> None:
