@@ -89,13 +89,11 @@ def stored_type_fault(precision: str, stored: Iterable[StoredTensor], model: nn.
         if whole < _LEAST_QUANTISED * max(1, whole + sum(floats.values())):
             most = max(floats, key=lambda kind: floats[kind], default="nothing")
             return f"wrong dtype: the weights are stored as {most}, and the manifest says {precision}"
-        in_bytes = {kind: largest[kind].elements for kind in ("int8", "uint8") if kind in amounts}
-        values = _most_quantised(model, sum(floats.values()), max(in_bytes.values(), default=0)) if model else 0
-        # A table of tokens, and a head that is one with it, may have 8 bits in a file of 4.
-        table = max((parameter.numel() for parameter in model.parameters()), default=0) if model else 0
-        limit = _FEWEST_OF_8_BITS * max(0, values - table) + _MOST_OF_A_TABLE * min(table, values)
-        if precision == "int4" and values and sum(amounts[kind] for kind in in_bytes) > limit:
-            return "wrong dtype: the weights are stored in 8 bits each, and the manifest says int4"
+        in_bytes = [kind for kind in ("int8", "uint8") if kind in amounts]
+        if precision == "int4" and model is not None and in_bytes:
+            limit = _most_bytes_of_int4(model, sum(floats.values()), max(largest[kind].elements for kind in in_bytes))
+            if sum(amounts[kind] for kind in in_bytes) > limit:
+                return "wrong dtype: the weights are stored in 8 bits each, and the manifest says int4"
     return None
 
 
@@ -116,15 +114,25 @@ def stored_bytes(stored: Iterable[StoredTensor], *, once: bool = False) -> int:
     return sum(dict(zip(contents, sizes, strict=True)).values())
 
 
-def _most_quantised(model: nn.Module, floating: int, largest: int) -> int:
-    """How many values can be stored as whole numbers, given how many are not, and the size of the largest that is.
+def _most_bytes_of_int4(model: nn.Module, floating: int, largest: int) -> float:
+    """Bytes above which the whole numbers in a file cannot be those of a model in 4 bits.
 
-    A head that is tied may be stored both ways: as the table, and quantised.
+    A table of tokens, and a head that is one with it, may have 8 bits.  Such a head may also be stored both ways: wide
+    as the table, and quantised.
+
+    Args:
+        model: The pruned model.
+        floating: Values that are stored as floating point.
+        largest: Elements of the largest tensor of whole numbers.
     """
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     sizes = [parameter.numel() for parameter in model.parameters()]
     twice = len(names) > len(sizes) and largest > 0.45 * max(sizes)
-    return sum(sizes) if twice else max(0, sum(sizes) - floating)
+    values = sum(sizes) if twice else max(0, sum(sizes) - floating)
+    if not values:  # every value is there as floating point; of which the others are is not known
+        return float("inf")
+    table = min(max(sizes), values)
+    return _FEWEST_OF_8_BITS * (values - table) + _MOST_OF_A_TABLE * table
 
 
 def weight_faults(model: nn.Module, stored: Iterable[StoredTensor]) -> list[str]:

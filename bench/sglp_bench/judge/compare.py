@@ -167,8 +167,8 @@ def compare_results(
         raise IncomparableResultsError(forbidden)
     if sides.paired and not sides.pairs:
         raise BenchmarkError(
-            f"no block of {baseline!r} and {candidate!r} was measured in the same half of the same cycle; their ratio "
-            "would be one of two machines' moods; measure them again, interleaved"
+            f"no block of {baseline!r} and {candidate!r} was measured in the same half of the same cycle; without "
+            "pairs of blocks there is no ratio; measure them again in one run"
         )
     metrics = {
         name: compare_times(metric, sides, resamples=resamples, seed=seed)

@@ -151,14 +151,14 @@ class RunReport:
             raise ArtifactError(f"{root} is not a folder; a run folder was expected; check the path")
         run = _run_record(root / "run.json")
         _check_unchanged(root, run)
-        comparisons = _folder_of(root, "bench/*/comparison.json", "comparison")
-        results = _folder_of(root, "bench/*/result.json", "result")
-        for name in comparisons.keys() & results.keys():
-            refuse_contradiction(Comparison.from_json(comparisons[name]), BenchmarkResult.from_json(results[name]))
+        comparisons, compared = _folder_of(root, "bench/*/comparison.json", "comparison")
+        results, measured = _folder_of(root, "bench/*/result.json", "result")
+        for name in compared.keys() & measured.keys():
+            refuse_contradiction(compared[name], measured[name])
         return cls(
             plan=PruningPlan.load(root / "plan.json") if (root / "plan.json").is_file() else None,
-            artifacts=_folder_of(root, "checkpoint/manifest.json", "artifact")
-            | _folder_of(root, "artifacts/*/manifest.json", "artifact"),
+            artifacts=_folder_of(root, "checkpoint/manifest.json", "artifact")[0]
+            | _folder_of(root, "artifacts/*/manifest.json", "artifact")[0],
             parity={
                 file.stem: ParityReport.load(file)
                 for file in sorted((root / "parity").glob("*.json"))
@@ -231,15 +231,16 @@ def _run_record(path: Path) -> Json:
     return value
 
 
-def _folder_of(root: Path, pattern: str, kind: str) -> dict[str, Json]:
+def _folder_of(root: Path, pattern: str, kind: str) -> tuple[dict[str, Json], dict[str, Any]]:
+    """The files by the names of their folders: their content, and what their reader makes of it."""
     versions = _VERSIONS.get(kind, (1,))
-    found = {}
+    found, read = {}, {}
     for file in sorted(root.glob(pattern)):
         if not _is_of_another_program(file):
             value = _io.read_json(file, kind, versions)
-            _READERS[kind](value)  # refuses what is not as it was written
+            read[file.parent.name] = _READERS[kind](value)  # refuses what is not as it was written
             found[file.parent.name] = value
-    return found
+    return found, read
 
 
 def _check_unchanged(root: Path, run: Json) -> None:
